@@ -1,0 +1,84 @@
+"""One timestep and class embedder for all blocks.
+
+The paper's DiT has one; Diffusers' has a copy in every block (`AdaLayerNormZero.emb`), and calls block 0's once more for
+the output layer. Training the copies apart is not DiffFit: it costs 28 times the parameters, lets the copies drift,
+and draws label dropout anew in every block, so that no sample is ever unconditional in all of them.
+
+While shared, the embedder is `transformer.conditioning`. A forward pre-hook evaluates it once and hands the result on in
+the place of `timestep`; what stands in each block returns what it is handed. Nothing is cached, so gradient checkpointing,
+`torch.compile` and FSDP see a plain function of plain inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+# The parameters of DiTTransformer2DModel.forward, in order (diffusers 0.33 to 0.42).
+_FORWARD_PARAMETERS = ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs", "return_dict")
+
+
+class _Handed(nn.Module):
+    """Stands in a block for its embedder: the conditioning arrives in the place of `timestep`, shape (batch, channels)."""
+
+    def forward(self, timestep: torch.Tensor, class_labels: Any, hidden_dtype: Any = None) -> torch.Tensor:
+        return timestep
+
+
+def _evaluate_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    inputs = dict(zip(_FORWARD_PARAMETERS, args, strict=False)) | kwargs
+    dtype = inputs["hidden_states"].dtype
+    embedder = transformer.conditioning
+    inputs["timestep"] = embedder(inputs.get("timestep"), inputs.get("class_labels"), hidden_dtype=dtype)
+    return (), inputs
+
+
+def is_shared(transformer: nn.Module) -> bool:
+    return hasattr(transformer, "_difffit_hook")
+
+
+def share(transformer: nn.Module) -> bool:
+    """Moves block 0's embedder to `transformer.conditioning`, in the place of all blocks'. Returns whether it did.
+
+    A transformer whose embedders differ is left alone, with a warning: sharing would change what it computes.
+    """
+    if is_shared(transformer):
+        return False
+    embedders = [block.norm1.emb for block in transformer.transformer_blocks]
+    if not all(_equal(embedders[0], other) for other in embedders[1:]):
+        warnings.warn(
+            f"The {len(embedders)} timestep and class embedders of this {type(transformer).__name__} differ: each gets "
+            f"adapter weights of its own. That is {len(embedders)} times the parameters, and each draws its own label "
+            "dropout. A published DiT has equal copies.",
+            stacklevel=2,
+        )
+        return False
+    transformer.conditioning = embedders[0]
+    for block in transformer.transformer_blocks:
+        block.norm1.emb = _Handed()
+    transformer._difffit_hook = transformer.register_forward_pre_hook(_evaluate_once, with_kwargs=True)
+    return True
+
+
+def unshare(transformer: nn.Module) -> None:
+    """Gives every block its embedder back, a copy of the shared one, and removes the hook."""
+    if not is_shared(transformer):
+        return
+    transformer._difffit_hook.remove()
+    del transformer._difffit_hook
+    embedder = transformer.conditioning
+    del transformer.conditioning
+    for index, block in enumerate(transformer.transformer_blocks):
+        block.norm1.emb = embedder if index == 0 else copy.deepcopy(embedder)
+
+
+def _equal(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules hold the same values. Tensors without values, on the meta device, count as equal."""
+    if first is second:
+        return True
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b)) for a, b in pairs)

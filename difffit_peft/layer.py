@@ -1,0 +1,184 @@
+"""The whole method in one layer: y = γ ⊙ (base(x) + δ)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether `layer` is a norm with affine parameters: a scale, and maybe a bias, of the shape of a channel."""
+    return "Norm" in type(layer).__name__ and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether γ and δ can be put on the output of `layer`, and merged into it."""
+    return isinstance(layer, (nn.Linear, Conv1D, *_CONVOLUTIONS)) or is_norm(layer)
+
+
+class DiffFitLayer(nn.Module, BaseTunerLayer):
+    """Puts γ and δ, one value per output channel each, on the output of a frozen layer.
+
+        y = γ ⊙ (base(x) + δ)
+
+    δ moves the layer's bias and γ scales its output (Xie et al. 2023, section 3.2). For a norm they *are* its affine
+    parameters, so that a norm needs no layer of its own. Not every layer has both. The base layer is never written
+    to, but while merged: then `weight` is γ·weight and `bias` is γ·(bias + δ), and the originals are kept aside.
+
+    Several active adapters i with strengths s_i compose in any order, in the forward pass as in a merge:
+
+        γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i
+
+    Shapes: `difffit_gamma[name]` and `difffit_delta[name]` are (out channels,), or the shape of a norm's weight.
+    """
+
+    adapter_layer_names = ("difffit_gamma", "difffit_delta")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.difffit_gamma = nn.ParameterDict()
+        self.difffit_delta = nn.ParameterDict()
+        self.strength: dict[str, Tensor] = {}  # 0-dim, for adapters whose strength is not 1
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
+
+    def update_layer(self, adapter_name: str, gamma: bool, delta: bool, init_weights: bool) -> None:
+        """Adds an adapter: γ and δ as asked for, at γ = 1 and δ = 0, or random."""
+        shape = self._parameter_shape()
+        if gamma:
+            self.difffit_gamma[adapter_name] = nn.Parameter(torch.ones(shape) if init_weights else torch.rand(shape) + 0.5)
+        if delta:
+            self.difffit_delta[adapter_name] = nn.Parameter(torch.zeros(shape) if init_weights else torch.randn(shape))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def set_strength(self, adapter_name: str, strength: float) -> None:
+        """Scales an adapter's effect: 0 is the base, 1 the adapter."""
+        self.strength[adapter_name] = torch.tensor(float(strength))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.strength.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        # in the dtype of the activations, so that a half-precision base stays at half the memory
+        delta, gamma = self.composed_delta(self.active_adapters), self.composed_gamma(self.active_adapters)
+        if delta is not None:
+            y = y + self._broadcast(delta.to(y.dtype), y)
+        if gamma is not None:
+            y = y * self._broadcast(gamma.to(y.dtype), y)
+        return y
+
+    def composed_gamma(self, adapters: list[str]) -> Tensor | None:
+        """γ = Π (1 + s_i (γ_i - 1)), or None where no adapter has one."""
+        product = None
+        for name in adapters:
+            if name in self.difffit_gamma:
+                gamma = self.difffit_gamma[name]
+                if name in self.strength:
+                    gamma = 1 + self.strength[name] * (gamma - 1)
+                product = gamma if product is None else product * gamma
+        return product
+
+    def composed_delta(self, adapters: list[str]) -> Tensor | None:
+        """δ = Σ s_i δ_i, or None where no adapter has one."""
+        total = None
+        for name in adapters:
+            if name in self.difffit_delta:
+                delta = self.difffit_delta[name]
+                if name in self.strength:
+                    delta = self.strength[name] * delta
+                total = delta if total is None else total + delta
+        return total
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the active adapters, or those named, into the base layer: W' = γW, b' = γ(b + δ).
+
+        Raises:
+            ValueError: if the base's weights are quantised, or with `safe_merge` if a merged value is not finite. The
+                layer is then as it was.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self._get_available_adapters()]
+        if not names:
+            return
+        layer = self.get_base_layer()
+        if not layer.weight.is_floating_point():
+            raise ValueError(
+                f"Cannot merge into {type(layer).__name__} with weights of {layer.weight.dtype}: "
+                "dequantise the base first, or keep the adapter unmerged."
+            )
+        base = self._unmerged or self._base_tensors(layer)
+        merged = {
+            name: tensor.to(base[name].dtype) for name, tensor in self._merged(base, self.merged_adapters + names).items()
+        }
+        if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
+            raise ValueError(f"Merging {names} gives values that are not finite: the adapter seems to be broken.")
+        self._unmerged = base
+        self._write(layer, merged)
+        self.merged_adapters = self.merged_adapters + names
+
+    def unmerge(self) -> None:
+        """Puts the base layer's own tensors back, to the last bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._write(self.get_base_layer(), self._unmerged)
+        self._unmerged, self.merged_adapters = {}, []
+
+    def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
+        """W' = γW, b' = γ(b + δ), in float32."""
+        layer = self.get_base_layer()
+        gamma, delta = self.composed_gamma(adapters), self.composed_delta(adapters)
+        merged = {name: tensor.float() for name, tensor in base.items()}
+        if delta is not None:
+            merged["bias"] = merged["bias"] + delta.detach().float()
+        if gamma is not None:
+            gamma = gamma.detach().float()
+            trailing = 0 if is_norm(layer) or isinstance(layer, Conv1D) else layer.weight.dim() - 1
+            merged["weight"] = merged["weight"] * gamma.view(*gamma.shape, *[1] * trailing)
+            if "bias" in merged:
+                merged["bias"] = merged["bias"] * gamma
+        return merged
+
+    @staticmethod
+    def _base_tensors(layer: nn.Module) -> dict[str, Tensor]:
+        tensors = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
+        return {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
+
+    @staticmethod
+    def _write(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            parameter = getattr(layer, name)
+            parameter.data = tensor.to(parameter.device)
+
+    def _parameter_shape(self) -> tuple[int, ...]:
+        layer = self.get_base_layer()
+        if is_norm(layer):
+            return tuple(layer.weight.shape)
+        if isinstance(layer, _CONVOLUTIONS):
+            return (layer.out_channels,)
+        return (layer.nf if isinstance(layer, Conv1D) else layer.out_features,)
+
+    def _broadcast(self, value: Tensor, y: Tensor) -> Tensor:
+        """A view of `value` (one per channel) that multiplies `y`: channels come last, or first before space."""
+        layer = self.get_base_layer()
+        if isinstance(layer, _CONVOLUTIONS):
+            return value.view(-1, *[1] * len(layer.kernel_size))
+        if isinstance(layer, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+            return value.view(-1, *[1] * (y.dim() - 2))
+        return value

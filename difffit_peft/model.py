@@ -1,0 +1,232 @@
+"""`DiffFitModel`: the tuner that PEFT puts into a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from torch import nn
+
+from . import conditioning, resolution
+from .architectures import Architecture, architecture_of
+from .class_embedding import DiffFitEmbedding
+from .config import DiffFitConfig, nearest
+from .hub import base_model_id
+from .layer import DiffFitLayer, is_norm, is_supported
+
+# What an adapter does to one layer: the arguments of the layer's `update_layer`.
+_Plan = dict[str, dict[str, Any]]
+
+
+class DiffFitModel(BaseTuner):
+    """Adapts a model with DiffFit; made by `peft.get_peft_model(model, DiffFitConfig())`.
+
+    While attached, a DiT has one timestep and class embedder instead of a copy per block (`conditioning`).
+    `unload()` and `merge_and_unload()` give the plain model back.
+
+    Raises:
+        ValueError: if the config names layers, blocks, classes or a base that this model does not have. The model is then
+            as it was.
+    """
+
+    prefix: str = "difffit_"
+    tuner_layer_cls = DiffFitLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: DiffFitConfig, model_config: dict) -> DiffFitConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
+        """Checks the config against the model and plans what each layer gets, then makes the model ready for it."""
+        architecture = architecture_of(model)
+        self._check_base(peft_config, model, architecture)
+        newly_shared = architecture.copied_embedder and conditioning.share(model)
+        try:
+            self._plan, self._excluded = _plan(peft_config, model, architecture)
+            if architecture.copied_embedder:
+                resolution.set_sample_size(model, peft_config.sample_size)
+        except Exception:
+            if newly_shared:
+                conditioning.unshare(model)
+            raise
+
+    def _check_base(self, config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> None:
+        """Refuses a base of another shape, and notes this one's in the config."""
+        if not architecture.base_config:
+            return
+        base = {name: model.config[name] for name in architecture.base_config}
+        base["sample_size"] = resolution.base_sample_size(model)
+        expected = config.base_config or base
+        differing = [name for name in expected if expected[name] != base.get(name)]
+        if differing:
+            raise ValueError(
+                "This adapter belongs to another base: "
+                + ", ".join(f"{name} is {expected[name]} there and {base.get(name)} here" for name in differing)
+                + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}."
+            )
+        sample_size = config.sample_size or base["sample_size"]
+        others = [other for other in self.peft_config.values() if other is not config]
+        if any(getattr(other, "sample_size", sample_size) != sample_size for other in others):
+            raise ValueError(
+                f"This adapter is for latents of side {sample_size}, but the model has adapters for "
+                f"{others[0].sample_size}: one model holds adapters of one side. Use a second model."
+            )
+        config.base_config, config.sample_size = base, sample_size
+        name = getattr(model.config, "_name_or_path", None)
+        if config.base_model_name_or_path is None and name:
+            config.base_model_name_or_path, config.revision = base_model_id(name)
+
+    def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
+        # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.17 to 0.21)
+        return _ExcludedModule() if key in self._excluded else key in self._plan
+
+    def _create_and_replace(
+        self,
+        peft_config: DiffFitConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(target, DiffFitLayer):
+            layer = DiffFitEmbedding(target) if isinstance(target, nn.Embedding) else DiffFitLayer(target)
+        layer.update_layer(adapter_name, **self._plan[current_key], init_weights=peft_config.init_weights)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if architecture_of(model).copied_embedder:
+            resolution.set_sample_size(model, resolution.base_sample_size(model))
+            conditioning.unshare(model)
+        return model
+
+
+def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> tuple[_Plan, set[str]]:
+    """What each layer gets, by name, and the names of the layers excluded.
+
+    Raises:
+        ValueError: if a field of `config` does not fit the model, naming what would.
+    """
+    layers, table = _layers(model, architecture)
+    names = [*layers, *table]
+    excluded = set(_matching("exclude_modules", config.exclude_modules, names, required=False))
+    excluded |= {n for n in names for m in config.modules_to_save or () if re.match(rf"(^|.*\.){m}($|\..*)", n)}
+
+    if config.target_modules is None:
+        targets = set(names)
+    elif config.target_modules == "all-linear":
+        targets = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    else:
+        targets = set(_matching("target_modules", config.target_modules, names))
+    gammas = _gamma_layers(config, architecture, layers)
+
+    plan: _Plan = {}
+    for name, layer in layers.items():
+        target = name in targets
+        gamma = name in gammas or (target and is_norm(layer))
+        delta = target and getattr(layer, "bias", None) is not None
+        if (gamma or delta) and name not in excluded:
+            plan[name] = {"gamma": gamma, "delta": delta}
+
+    if config.num_classes is not None and not table:
+        raise ValueError(f"num_classes={config.num_classes}, but {type(model).__name__} has no class table.")
+    for name, layer in table.items():
+        classes = layer.num_embeddings - 1
+        if config.num_classes is not None and config.num_classes > classes:
+            raise ValueError(
+                f"num_classes={config.num_classes}, but the class table of this model has rows for {classes} classes "
+                "and the null class: at most that many can be adapted."
+            )
+        if (name in targets or config.num_classes is not None) and name not in excluded:
+            plan[name] = {"num_classes": config.num_classes, "init_class_rows": config.init_class_rows}
+    if not plan:
+        raise ValueError(
+            f"target_modules={config.target_modules}, exclude_modules={config.exclude_modules} and "
+            f"gamma_modules={config.gamma_modules} leave no layer of {type(model).__name__} to train."
+        )
+    return plan, excluded
+
+
+def _layers(
+    model: nn.Module, architecture: Architecture
+) -> tuple[dict[str, nn.Module], dict[str, nn.Embedding]]:
+    """The layers γ and δ can be put on, and the class table, by the names they have without adapters."""
+    layers: dict[str, nn.Module] = {}
+    table: dict[str, nn.Embedding] = {}
+    closed: tuple[str, ...] = ()  # what is inside adapter layers, and what nn.MultiheadAttention uses without calling
+    for name, module in model.named_modules():
+        if not name or name.startswith(closed or "\0"):
+            continue
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if base is not module or isinstance(module, nn.MultiheadAttention):
+            closed += (f"{name}.",)
+        if is_supported(base):
+            layers[name] = base
+        elif architecture.class_table and isinstance(base, nn.Embedding) and name.endswith(architecture.class_table):
+            table[name] = base
+    return layers, table
+
+
+def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dict[str, nn.Module]) -> set[str]:
+    """Names of the layers whose output gets γ: those of `gamma_modules`, and of the blocks in `gamma_layers`."""
+    prefix = f"{architecture.blocks}."
+    block_of = {
+        name: int(name.removeprefix(prefix).split(".")[0])
+        for name in layers
+        if architecture.blocks and name.startswith(prefix)
+    }
+    num_blocks = max(block_of.values(), default=-1) + 1
+    if config.gamma_layers is None:
+        blocks = set(range(num_blocks // 2)) if num_blocks > 1 else {0}
+    else:
+        blocks = set(config.gamma_layers)
+        if blocks - set(range(num_blocks)):
+            raise ValueError(
+                f"gamma_layers={config.gamma_layers}: this model has {num_blocks} blocks"
+                + (f", so indices go from 0 to {num_blocks - 1}." if num_blocks else ": leave gamma_layers out.")
+            )
+    if config.gamma_modules is not None:
+        matching = _matching("gamma_modules", config.gamma_modules, layers)
+    else:
+        endings = architecture.gamma_modules
+        matching = [
+            name
+            for name, layer in layers.items()
+            if (name in block_of or not block_of)
+            and (not is_norm(layer) if endings is None else name.endswith(tuple(f".{end}" for end in endings)))
+        ]
+    return {name for name in matching if block_of.get(name) in {None, *blocks}}
+
+
+def _matching(
+    field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True
+) -> list[str]:
+    """The names that a list of names and endings, or a regular expression, selects.
+
+    Raises:
+        ValueError: if `required` and the expression, or an entry of the list, selects nothing.
+    """
+    names = list(names)
+    if not patterns:
+        return []
+    if isinstance(patterns, str):
+        selected = [name for name in names if re.fullmatch(patterns, name)]
+        missing = [] if selected else [patterns]
+    else:
+        endings = tuple(f".{pattern}" for pattern in patterns)
+        selected = [name for name in names if name in patterns or name.endswith(endings)]
+        missing = [p for p in patterns if not any(name == p or name.endswith(f".{p}") for name in names)]
+    if missing and required:
+        known = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+        raise ValueError(
+            f"{field}={patterns!r}: {missing[0]!r} matches no layer that DiffFit can train."
+            f"{nearest(missing[0], known + names)} Names end in, for instance, {', '.join(known[:12])}."
+        )
+    return selected
