@@ -4,7 +4,7 @@ from aenum import extend_enum
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-# peft's register_peft_method takes only names of this closed enum (peft 0.15 to 0.21)
+# peft's register_peft_method takes only names of this closed enum (peft 0.21)
 if "DIFFFIT" not in PeftType.__members__:
     extend_enum(PeftType, "DIFFFIT", "DIFFFIT")
 

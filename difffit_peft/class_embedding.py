@@ -10,7 +10,7 @@ from .layer import DiffFitLayer
 
 
 class DiffFitEmbedding(DiffFitLayer):
-    """δ on the rows of a class table: rows 0..K-1, the new domain's classes, and the last row of the table, the null class.
+    """δ on rows of a class table: rows 0..K-1, the new domain's classes, and the last row, the null class.
 
     The table keeps its size, so that the null class stays where `DiTPipeline` looks for it. Other rows are the base's.
     `difffit_delta[name]` has shape (K + 1, channels), the null row last. There is no γ.

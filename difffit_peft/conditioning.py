@@ -1,12 +1,12 @@
 """One timestep and class embedder for all blocks.
 
-The paper's DiT has one; Diffusers' has a copy in every block (`AdaLayerNormZero.emb`), and calls block 0's once more for
-the output layer. Training the copies apart is not DiffFit: it costs 28 times the parameters, lets the copies drift,
-and draws label dropout anew in every block, so that no sample is ever unconditional in all of them.
+The paper's DiT has one; Diffusers' has a copy in every block (`AdaLayerNormZero.emb`), and calls block 0's once more
+for the output layer. Training the copies apart is not DiffFit: it costs 28 times the parameters, lets the copies
+drift, and draws label dropout anew in every block, so that no sample is ever unconditional in all of them.
 
-While shared, the embedder is `transformer.conditioning`. A forward pre-hook evaluates it once and hands the result on in
-the place of `timestep`; what stands in each block returns what it is handed. Nothing is cached, so gradient checkpointing,
-`torch.compile` and FSDP see a plain function of plain inputs.
+While shared, the embedder is `transformer.conditioning`. A forward pre-hook evaluates it once and hands the result on
+in the place of `timestep`; what stands in each block returns what it is handed. Nothing is cached, so gradient
+checkpointing, `torch.compile` and FSDP see a plain function of plain inputs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-# The parameters of DiTTransformer2DModel.forward, in order (diffusers 0.33 to 0.42).
+# The parameters of DiTTransformer2DModel.forward, in order (diffusers 0.42).
 _FORWARD_PARAMETERS = ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs", "return_dict")
 
 
 class _Handed(nn.Module):
-    """Stands in a block for its embedder: the conditioning arrives in the place of `timestep`, shape (batch, channels)."""
+    """Stands in a block for its embedder: the conditioning, (batch, channels), arrives in the place of `timestep`."""
 
     def forward(self, timestep: torch.Tensor, class_labels: Any, hidden_dtype: Any = None) -> torch.Tensor:
         return timestep

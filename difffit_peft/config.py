@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+
+from .hub import check_adapter_file
 
 
 @dataclass
@@ -83,6 +86,23 @@ class DiffFitConfig(PeftConfig):
             raise ValueError(f"sample_size={self.sample_size!r}: the side of the latents is an integer above 0.")
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights={self.init_weights!r}: must be True or False.")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> DiffFitConfig:
+        """Loads the config of an adapter, as every `PeftConfig` does.
+
+        `PeftModel.from_pretrained` calls this before it touches the model, and reads the weights after. So that a
+        broken file leaves the model as it was, the weights of a local folder are checked here.
+
+        Raises:
+            ValueError: if there is no config, or the weights beside it are truncated or not finite.
+        """
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            check_adapter_file(weights)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def _check_classes(self) -> None:
         if self.init_class_rows not in ("null", "base"):

@@ -1,9 +1,11 @@
-"""How an adapter names its base."""
+"""How an adapter names its base, and whether its file can be trusted to load."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 _HUB_CACHE = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?$")
 
@@ -22,3 +24,20 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
         return name_or_path, None
     path = path.resolve()
     return (path.parent if path.name == "transformer" else path).name, None
+
+
+def check_adapter_file(path: Path) -> None:
+    """Reads an adapter's weights once, before anything is changed for their sake.
+
+    Raises:
+        ValueError: if the file is truncated, no safetensors file, or holds values that are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({error}): save or download the adapter again."
+        ) from error
+    if broken:
+        raise ValueError(f"{path} holds values that are not finite, in {broken[0]}: the training run diverged.")

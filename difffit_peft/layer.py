@@ -56,7 +56,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter: γ and δ as asked for, at γ = 1 and δ = 0, or random."""
         shape = self._parameter_shape()
         if gamma:
-            self.difffit_gamma[adapter_name] = nn.Parameter(torch.ones(shape) if init_weights else torch.rand(shape) + 0.5)
+            self.difffit_gamma[adapter_name] = nn.Parameter(
+                torch.ones(shape) if init_weights else torch.rand(shape) + 0.5
+            )
         if delta:
             self.difffit_delta[adapter_name] = nn.Parameter(torch.zeros(shape) if init_weights else torch.randn(shape))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -124,7 +126,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             )
         base = self._unmerged or self._base_tensors(layer)
         merged = {
-            name: tensor.to(base[name].dtype) for name, tensor in self._merged(base, self.merged_adapters + names).items()
+            name: tensor.to(base[name].dtype)
+            for name, tensor in self._merged(base, self.merged_adapters + names).items()
         }
         if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
             raise ValueError(f"Merging {names} gives values that are not finite: the adapter seems to be broken.")

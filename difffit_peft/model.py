@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from torch import nn
+from torch import Tensor, nn
 
 from . import conditioning, resolution
 from .architectures import Architecture, architecture_of
@@ -27,8 +27,8 @@ class DiffFitModel(BaseTuner):
     `unload()` and `merge_and_unload()` give the plain model back.
 
     Raises:
-        ValueError: if the config names layers, blocks, classes or a base that this model does not have. The model is then
-            as it was.
+        ValueError: if the config names layers, blocks, classes or a base that this model does not have. The model is
+            then as it was.
     """
 
     prefix: str = "difffit_"
@@ -76,10 +76,10 @@ class DiffFitModel(BaseTuner):
         config.base_config, config.sample_size = base, sample_size
         name = getattr(model.config, "_name_or_path", None)
         if config.base_model_name_or_path is None and name:
-            config.base_model_name_or_path, config.revision = base_model_id(name)
+            config.base_model_name_or_path, config.revision = base_model_id(str(name))
 
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
-        # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.17 to 0.21)
+        # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
         return _ExcludedModule() if key in self._excluded else key in self._plan
 
     def _create_and_replace(
@@ -99,6 +99,24 @@ class DiffFitModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DiffFitConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # peft 0.21 leaves weights that the file lacks at their initial values, and ignores those it has too many
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            n: p for n, p in model.named_parameters() if f".{cls.prefix}" in n and n.endswith(f".{adapter_name}")
+        }
+        missing = [name for name in expected if name not in remapped]
+        unknown = [name for name in remapped if f".{cls.prefix}" in name and name not in expected]
+        if missing or unknown:
+            raise ValueError(
+                f"The weights do not fit the adapter {adapter_name!r}: {len(missing)} are missing and {len(unknown)} "
+                f"belong to no layer of it, for instance {(missing + unknown)[0]}. Is the file from another configuration?"
+            )
+        return remapped
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -154,9 +172,7 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     return plan, excluded
 
 
-def _layers(
-    model: nn.Module, architecture: Architecture
-) -> tuple[dict[str, nn.Module], dict[str, nn.Embedding]]:
+def _layers(model: nn.Module, architecture: Architecture) -> tuple[dict[str, nn.Module], dict[str, nn.Embedding]]:
     """The layers γ and δ can be put on, and the class table, by the names they have without adapters."""
     layers: dict[str, nn.Module] = {}
     table: dict[str, nn.Embedding] = {}
@@ -205,9 +221,7 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     return {name for name in matching if block_of.get(name) in {None, *blocks}}
 
 
-def _matching(
-    field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True
-) -> list[str]:
+def _matching(field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True) -> list[str]:
     """The names that a list of names and endings, or a regular expression, selects.
 
     Raises:

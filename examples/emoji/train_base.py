@@ -2,10 +2,10 @@
 
     python examples/emoji/train_base.py --compile
 
-Two stages, each checkpointed in `--work_dir`: run the command again and it goes on where it was stopped. Every batch is
-drawn from a generator seeded with its step, so an interrupted run sees the same batches. The VAE sees Noto and the
-training split of Twemoji, as a published VAE sees images of every kind; the DiT sees Noto alone. Writes a half-precision
-`DiTPipeline` folder.
+Two stages, each checkpointed in `--work_dir`: run the command again and it goes on where it was stopped. Every batch
+is drawn from a generator seeded with its step, so an interrupted run sees the same batches. The VAE sees Noto and the
+training split of Twemoji, as a published VAE sees images of every kind; the DiT sees Noto alone. Writes a
+half-precision `DiTPipeline` folder.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def train_vae(pixels: Tensor, args: argparse.Namespace) -> AutoencoderKL:
 
 
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Folds each latent channel's mean and deviation into the 1x1 convolutions around the latent: exact, no new code."""
+    """Folds each latent channel's mean and deviation into the 1x1 convolutions around the latent."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, post_quant, c = vae.quant_conv, vae.post_quant_conv, len(mean)
     quant.weight[:c] /= std.view(-1, 1, 1, 1)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+NULL = 1000
+
+
+def make_dit(**overrides) -> DiTTransformer2DModel:
+    """A random DiT of 4 blocks and width 16 whose blocks hold equal copies of one embedder, as published ones do."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 4,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": NULL,
+    }
+    torch.manual_seed(0)
+    dit = DiTTransformer2DModel(**(config | overrides)).eval()
+    embedder = dit.transformer_blocks[0].norm1.emb.state_dict()
+    for block in dit.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(embedder)
+    return dit
+
+
+def make_pipeline(**overrides) -> DiTPipeline:
+    dit = make_dit(**overrides)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.0,
+    )
+    return DiTPipeline(dit, vae, DDIMScheduler(clip_sample=False))
+
+
+def make_inputs(batch: int = 5, side: int = 8) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 4, side, side, generator=generator),
+        "timestep": torch.randint(1000, (batch,), generator=generator),
+        "class_labels": torch.tensor([0, 2, NULL, 7, 1])[:batch],
+    }
+
+
+def randomise(model: torch.nn.Module, adapter_name: str = "default") -> None:
+    """Stands for training: every weight of the adapter moves."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".{adapter_name}"):
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data += 0.2 * noise
+
+
+@pytest.fixture
+def dit() -> DiTTransformer2DModel:
+    return make_dit()
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    return make_inputs()

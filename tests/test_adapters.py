@@ -1,0 +1,287 @@
+"""What a user sees: adapters saved and loaded, what the config names, and what is refused."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import make_dit, make_inputs, make_pipeline, randomise
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import PeftType
+from safetensors.torch import load_file, save_file
+
+import difffit_peft
+from difffit_peft import DiffFitConfig
+from difffit_peft.hub import base_model_id
+
+LABELS = {0: "fox", 1: "hound", 2: "hare"}
+
+
+def outputs(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).sample
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(first: dict, second: dict) -> None:
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder with the trained adapter of `make_dit()`."""
+    model = get_peft_model(make_dit(), DiffFitConfig(id2label=LABELS))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+def images(pipe: DiTPipeline, class_labels=(0, 1)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    return torch.as_tensor(
+        pipe(list(class_labels), generator=generator, num_inference_steps=4, output_type="np").images
+    )
+
+
+def test_importing_twice_is_harmless():
+    import importlib
+
+    importlib.reload(difffit_peft)
+    assert PeftType("DIFFFIT") is PeftType.DIFFFIT and json.dumps(PeftType.DIFFFIT) == '"DIFFFIT"'
+
+
+def test_saved_and_loaded_is_bit_identical(tmp_path, inputs):
+    model = get_peft_model(make_dit(), DiffFitConfig(id2label=LABELS))
+    randomise(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(make_dit(), tmp_path)
+    assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+    names = list(load_file(tmp_path / "adapter_model.safetensors"))
+    assert sum("timestep_embedder.linear_1" in name for name in names) == 1
+    assert sum("embedding_table" in name for name in names) == 1
+
+
+def test_the_config_travels(adapter):
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    assert saved["sample_size"] == 8 and saved["num_classes"] == 3
+    assert saved["base_config"]["num_layers"] == 4 and saved["target_modules"] is None
+    config = PeftConfig.from_pretrained(adapter)
+    assert isinstance(config, DiffFitConfig) and config.id2label == LABELS
+
+
+def test_the_config_names_the_base(tmp_path):
+    make_dit().save_pretrained(tmp_path / "models--org--dit" / "snapshots" / ("0" * 40) / "transformer")
+    dit = DiTTransformer2DModel.from_pretrained(
+        tmp_path / "models--org--dit" / "snapshots" / ("0" * 40) / "transformer"
+    )
+    config = get_peft_model(dit, DiffFitConfig()).peft_config["default"]
+    assert (config.base_model_name_or_path, config.revision) == ("org/dit", "0" * 40)
+
+
+def test_a_local_path_is_never_published(tmp_path):
+    (tmp_path / "my-base" / "transformer").mkdir(parents=True)
+    assert base_model_id(str(tmp_path / "my-base" / "transformer")) == ("my-base", None)
+    assert base_model_id(str(tmp_path / "my-base")) == ("my-base", None)
+    assert base_model_id("facebook/DiT-XL-2-256") == ("facebook/DiT-XL-2-256", None)
+
+
+def test_stock_pipeline_takes_the_adapter(adapter):
+    pipe = make_pipeline()
+    before = images(pipe)
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
+    after = images(pipe)
+    assert not torch.allclose(before, after, atol=1e-2)
+    with pipe.transformer.disable_adapter():
+        assert torch.equal(images(pipe), before)
+
+
+def test_a_merged_model_is_plain_diffusers(adapter, tmp_path):
+    pipe = make_pipeline()
+    keys = list(pipe.transformer.state_dict())
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
+    expected = images(pipe)
+    pipe.transformer = pipe.transformer.merge_and_unload()
+    assert list(pipe.transformer.state_dict()) == keys
+    pipe.save_pretrained(tmp_path / "merged")
+    reloaded = DiTPipeline.from_pretrained(tmp_path / "merged")
+    assert (images(reloaded) - expected).abs().max() < 1e-4
+
+
+def test_unload_leaves_no_trace(adapter, tmp_path, inputs):
+    dit = make_dit()
+    before, attributes, expected = state(dit), set(vars(dit)), outputs(dit, inputs)
+    base = PeftModel.from_pretrained(dit, adapter).unload()
+    assert base is dit and set(vars(dit)) == attributes
+    assert_equal(state(dit), before)
+    assert torch.equal(outputs(dit, inputs), expected)
+    assert not any("difffit" in type(module).__module__ for module in dit.modules())
+    assert not dit._forward_pre_hooks and not dit._forward_pre_hooks_with_kwargs
+    dit.save_pretrained(tmp_path / "base")
+    assert_equal(state(DiTTransformer2DModel.from_pretrained(tmp_path / "base")), before)
+
+
+def test_two_adapters_are_independent(adapter, inputs):
+    dit = make_dit()
+    expected = outputs(dit, inputs)
+    model = PeftModel.from_pretrained(dit, adapter, adapter_name="a")
+    a = outputs(model, inputs)
+    model.add_adapter("b", DiffFitConfig(gamma_modules=[]))
+    assert torch.equal(outputs(model, inputs), a)
+    model.set_adapter("b")
+    assert torch.equal(outputs(model, inputs), expected)
+    model.delete_adapter("b")
+    model.set_adapter("a")
+    assert torch.equal(outputs(model, inputs), a)
+
+
+def test_low_cpu_mem_usage(adapter, inputs):
+    expected = outputs(PeftModel.from_pretrained(make_dit(), adapter), inputs)
+    loaded = PeftModel.from_pretrained(make_dit(), adapter, low_cpu_mem_usage=True)
+    assert torch.equal(outputs(loaded, inputs), expected)
+
+
+def test_target_and_exclude_modules(dit):
+    model = get_peft_model(dit, DiffFitConfig(target_modules=r".*attn1\.to_[qk]", exclude_modules=["to_k"]))
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert sum("to_q.difffit_delta" in name for name in names) == 4
+    assert not any("to_k" in name or "embedding_table" in name for name in names)
+
+
+def test_models_without_a_preset():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 2, bias=False))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    adapted = get_peft_model(model, DiffFitConfig())
+    assert torch.equal(adapted(x), expected)
+    names = {n.removeprefix("base_model.model.") for n, p in adapted.named_parameters() if p.requires_grad}
+    assert names == {
+        "0.difffit_gamma.default",
+        "0.difffit_delta.default",
+        "1.difffit_gamma.default",
+        "1.difffit_delta.default",
+        "2.difffit_gamma.default",
+    }
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0: must be an integer of at least 1"),
+        ({"num_classes": 2.5}, "num_classes=2.5: must be an integer"),
+        ({"num_classes": 4, "id2label": LABELS}, "num_classes=4, but id2label names 3 classes"),
+        ({"id2label": {1: "fox", 2: "hare"}}, "they must be 0 to 1"),
+        ({"id2label": {"zero": "fox"}}, "they must be class indices"),
+        ({"id2label": ["fox"]}, "must be a dict"),
+        ({"id2label": {0: 1}}, "names of classes must be strings"),
+        ({"init_class_rows": "bases"}, "must be 'null' or 'base'. Did you mean 'base'?"),
+        ({"gamma_layers": [-1]}, "block indices are integers from 0 up"),
+        ({"gamma_modules": "("}, "is not a regular expression"),
+        ({"target_modules": [1]}, "must be a list of module names"),
+        ({"sample_size": 0}, "sample_size=0: the side of the latents is an integer above 0"),
+        ({"init_weights": "gaussian"}, "init_weights='gaussian': must be True or False"),
+    ],
+)
+def test_wrong_fields(fields, message):
+    with pytest.raises(ValueError) as error:
+        DiffFitConfig(**fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gamma_modules": ["to_z"]}, "gamma_modules=['to_z']: 'to_z' matches no layer that DiffFit can train."),
+        ({"gamma_modules": ["attn1.to_qq"]}, "Did you mean 'attn1.to_q'?"),
+        ({"gamma_modules": r"blocks\.9\..*"}, "matches no layer"),
+        ({"target_modules": ["conv_in"]}, "target_modules=['conv_in']"),
+        ({"target_modules": [], "gamma_modules": []}, "leave no layer of DiTTransformer2DModel to train"),
+        ({"gamma_layers": [0, 4]}, "gamma_layers=[0, 4]: this model has 4 blocks, so indices go from 0 to 3."),
+        ({"num_classes": 1001}, "num_classes=1001, but the class table of this model has rows for 1000 classes"),
+        ({"sample_size": 9}, "sample_size=9 is no multiple of the patch size of this model, 2"),
+    ],
+)
+def test_configs_that_do_not_fit_the_model(dit, fields, message, inputs):
+    before, expected = state(dit), outputs(dit, inputs)
+    with pytest.raises(ValueError) as error:
+        get_peft_model(dit, DiffFitConfig(**fields))
+    assert message in str(error.value)
+    assert_equal(state(dit), before)
+    assert torch.equal(outputs(dit, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"attention_head_dim": 12}, "attention_head_dim is 8 there and 12 here"),
+        ({"num_layers": 3}, "num_layers is 4 there and 3 here"),
+        ({"patch_size": 4}, "patch_size is 2 there and 4 here"),
+        ({"num_embeds_ada_norm": 10}, "num_embeds_ada_norm is 1000 there and 10 here"),
+    ],
+)
+def test_another_base_is_refused(adapter, other, message):
+    dit = make_dit(**other)
+    before = state(dit)
+    with pytest.raises(ValueError, match="belongs to another base") as error:
+        PeftModel.from_pretrained(dit, adapter)
+    assert message in str(error.value)
+    assert_equal(state(dit), before)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.999])
+def test_a_truncated_file_is_refused(adapter, keep, dit, inputs):
+    path = adapter / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    before = state(dit)
+    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated or no safetensors file"):
+        PeftModel.from_pretrained(dit, adapter)
+    assert_equal(state(dit), before)
+
+
+def test_values_that_are_not_finite_are_refused(adapter, dit):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name][0] = float("nan")
+    save_file(weights, path)
+    before = state(dit)
+    with pytest.raises(ValueError, match="not finite"):
+        PeftModel.from_pretrained(dit, adapter)
+    assert_equal(state(dit), before)
+
+
+def test_a_file_that_lacks_weights_is_refused(adapter, dit):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(iter(weights)))
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="1 are missing and 0 belong to no layer"):
+        PeftModel.from_pretrained(dit, adapter)
+
+
+def test_adapters_for_two_sizes_do_not_share_a_model(dit):
+    model = get_peft_model(dit, DiffFitConfig())
+    with pytest.raises(ValueError, match="for latents of side 16, but the model has adapters for 8"):
+        model.add_adapter("large", DiffFitConfig(sample_size=16))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_no_class_table_for_num_classes():
+    with pytest.raises(ValueError, match="num_classes=3, but Linear has no class table|Sequential has no class table"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), DiffFitConfig(num_classes=3))
+
+
+def test_attaching_and_loading_warn_of_nothing(adapter):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(make_dit(), adapter)
+        get_peft_model(make_dit(), DiffFitConfig(exclude_modules=["pos_embed.proj"]))(**make_inputs())

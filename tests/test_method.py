@@ -1,0 +1,327 @@
+"""What is true of the method: counts, identity, gradients, label dropout, merging."""
+
+import copy
+import pickle
+
+import pytest
+import reference
+import torch
+from conftest import NULL, make_dit, make_inputs, randomise
+from diffusers import DiTTransformer2DModel
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from difffit_peft import DiffFitConfig, DiffFitLayer
+
+
+def dit_xl_2() -> DiTTransformer2DModel:
+    with torch.device("meta"):
+        return DiTTransformer2DModel(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            num_layers=28,
+            sample_size=32,
+            num_embeds_ada_norm=1000,
+        )
+
+
+def trained(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def outputs(model, inputs, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, **kwargs).sample
+
+
+# Counts
+
+
+def test_bitfit_trains_the_papers_count():
+    model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101, gamma_modules=[]))
+    assert trained(model) == 607_136
+
+
+def test_difffit_trains_the_papers_budget():
+    model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101))
+    assert trained(model) == 607_136 + 14 * (4 + 4 + 1) * 1152  # γ on q, k, v, out and both feed-forward layers
+    assert trained(model) <= 830_000
+
+
+def test_saved_adapter_of_dit_xl_2_is_small(tmp_path):
+    model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101))
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert sum(tensor.numel() for tensor in state.values()) == trained(model)
+    save_file({name: torch.zeros(tensor.shape) for name, tensor in state.items()}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size <= 3_400_000
+
+
+@pytest.mark.parametrize("config", [{}, {"gamma_modules": []}, {"num_classes": 3}, {"target_modules": ".*"}])
+def test_no_embedder_is_counted_twice(dit, config):
+    model = get_peft_model(dit, DiffFitConfig(**config))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum("timestep_embedder.linear_1" in name for name in names) == 1
+    assert sum("class_embedder" in name for name in names) == 1
+    assert not any("norm1.emb" in name for name in names)
+
+
+# Identity
+
+
+def test_identity_at_initialisation(dit, inputs):
+    expected = outputs(dit, inputs)
+    assert torch.equal(outputs(get_peft_model(dit, DiffFitConfig()), inputs), expected)
+
+
+def test_new_classes_start_as_the_null_class(dit, inputs):
+    null = {**inputs, "class_labels": torch.full_like(inputs["class_labels"], NULL)}
+    expected, expected_null = outputs(dit, inputs), outputs(dit, null)
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3))
+    assert torch.equal(outputs(model, null), expected_null)
+    given = outputs(model, inputs)  # labels 0, 2, null, 7, 1: 7 is none of the three classes
+    assert torch.allclose(given[[0, 1, 4]], expected_null[[0, 1, 4]], atol=1e-5)
+    assert torch.equal(given[2:4], expected[2:4])
+    assert not torch.allclose(expected[0], expected_null[0], atol=1e-3)
+
+
+def test_classes_the_base_knows_start_as_they_are(dit, inputs):
+    expected = outputs(dit, inputs)
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3, init_class_rows="base"))
+    assert torch.equal(outputs(model, inputs), expected)
+
+
+def test_disabled_is_the_base_after_training(dit, inputs):
+    expected = outputs(dit, inputs)
+    before = {name: p.clone() for name, p in dit.state_dict().items()}
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(**inputs).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.allclose(outputs(model, inputs), expected, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, inputs), expected)
+    unloaded = model.unload().state_dict()
+    assert list(unloaded) == list(before)
+    assert all(torch.equal(unloaded[name], before[name]) for name in before)
+
+
+# Gradients
+
+
+def test_gradients_equal_those_of_plain_torch(dit, inputs):
+    inputs["class_labels"] = torch.tensor([0, 2, NULL, 7, 2])
+    base = {name: tensor.double() for name, tensor in dit.state_dict().items()}
+    positions = dit.pos_embed.pos_embed.double()
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3)).double()
+    randomise(model)
+    target = torch.randn(5, 8, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+
+    adapter, ours = {}, {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = name.removeprefix("base_model.model.").replace("conditioning.", "transformer_blocks.0.norm1.emb.")
+        layer, kind = name.removesuffix(".default").rsplit(".difffit_", 1)
+        name = "rows" if layer.endswith("embedding_table") else f"{layer}.{kind}"
+        ours[name] = parameter
+        adapter[name] = parameter.detach().clone().requires_grad_()
+    assert {name.rsplit(".", 1)[-1] for name in adapter} == {"gamma", "delta", "rows"}
+
+    x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
+    output = model(x, timestep=t, class_labels=labels).sample
+    expected = reference.forward(x, t, labels, positions, base, adapter, heads=2, depth=4, patch=2)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    (output - target).square().mean().backward()
+    (expected - target).square().mean().backward()
+    for name, parameter in ours.items():
+        # δ of keys has no effect but rounding (softmax ignores a shift): hence the absolute tolerance
+        torch.testing.assert_close(parameter.grad, adapter[name].grad, rtol=1e-5, atol=1e-12, msg=name)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig())
+    randomise(model)
+
+    def gradients():
+        losses = [model(**x).sample.square().mean() for x in (inputs, make_inputs(3))]  # two forwards, one backward
+        sum(losses).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return grads
+
+    plain = gradients()
+    dit.enable_gradient_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+# Label dropout
+
+
+def test_labels_are_dropped_once_per_sample(dit):
+    model = get_peft_model(dit, DiffFitConfig()).train()
+    conditions = []
+    layers = [block.norm1.linear for block in dit.transformer_blocks] + [dit.proj_out_1]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: conditions.append(args[0]))
+    n = 10_000
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model(torch.zeros(n, 4, 2, 2), timestep=torch.full((n,), 10), class_labels=torch.full((n,), 3))
+        dropped = [(condition - condition.mode(0).values).abs().amax(1) > 1e-6 for condition in conditions]
+    assert len(dropped) == 5
+    assert all(torch.equal(dropped[0], other) for other in dropped[1:])
+    assert 0.09 < dropped[0].float().mean() < 0.11
+
+
+# Merging
+
+
+def test_merge_equals_forward(dit, inputs):
+    keys = list(dit.state_dict())
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3))
+    randomise(model)
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
+    layer.difffit_gamma["default"].data[:3] = torch.tensor([0.0, -1.0, 2.0])
+    expected = outputs(model, inputs)
+    merged = model.merge_and_unload()
+    assert type(merged) is DiTTransformer2DModel and list(merged.state_dict()) == keys
+    torch.testing.assert_close(outputs(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    first, *others = [block.norm1.emb.state_dict() for block in merged.transformer_blocks]
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_gives_the_base_back(dit, dtype):
+    dit = dit.to(dtype)
+    before = {name: p.clone() for name, p in dit.state_dict().items()}
+    model = get_peft_model(dit, DiffFitConfig())
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, DiffFitLayer) and "default" in module.difffit_gamma:
+            module.difffit_gamma["default"].data[::2] = 0
+    model.merge_adapter()
+    assert model.base_model.model.transformer_blocks[0].attn1.to_q.base_layer.weight[0].abs().max() == 0
+    model.unmerge_adapter()
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_adapters_compose_in_any_order(dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig(num_classes=5, gamma_layers=[0, 3]))
+    randomise(model, "a")
+    randomise(model, "b")
+    model.base_model.set_adapter(["a", "b"])
+    both = outputs(model, inputs)
+    model.base_model.set_adapter(["b", "a"])
+    torch.testing.assert_close(outputs(model, inputs), both, rtol=1e-4, atol=1e-5)
+    model.merge_adapter(["a"])
+    model.merge_adapter(["b"])
+    torch.testing.assert_close(outputs(model, inputs), both, rtol=1e-4, atol=1e-5)
+
+
+def test_safe_merge_refuses_what_is_not_finite(dit):
+    layer = DiffFitLayer(torch.nn.Linear(4, 4))
+    layer.update_layer("a", gamma=True, delta=True, init_weights=True)
+    layer.set_adapter("a")
+    layer.difffit_gamma["a"].data[0] = float("nan")
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize(
+    ("base", "x"),
+    [
+        (torch.nn.Linear(4, 6), torch.randn(2, 3, 4)),
+        (torch.nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)),
+        (torch.nn.Conv2d(4, 6, 3), torch.randn(2, 4, 9, 9)),
+        (torch.nn.Conv3d(4, 6, 3), torch.randn(2, 4, 5, 5, 5)),
+        (torch.nn.LayerNorm(4), torch.randn(2, 3, 4)),
+        (torch.nn.GroupNorm(2, 4), torch.randn(2, 4, 5, 5)),
+        (torch.nn.RMSNorm(4), torch.randn(2, 3, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_kind_of_layer_follows_the_formula(base, x):
+    layer = DiffFitLayer(base)
+    layer.update_layer("a", gamma=True, delta=getattr(base, "bias", None) is not None, init_weights=False)
+    layer.set_adapter("a")
+    y = base(x)
+    dim = -1 if y.shape[-1] == len(layer.difffit_gamma["a"]) else 1
+    y = y.movedim(dim, -1)
+    delta = layer.difffit_delta.get("a", 0)
+    expected = layer.difffit_gamma["a"] * (y + delta)
+    torch.testing.assert_close(layer(x), expected.movedim(-1, dim))
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer(x), expected.movedim(-1, dim), rtol=1e-4, atol=1e-5)
+
+
+# Half precision, copies
+
+
+def test_a_bf16_base_trains_and_keeps_its_dtype(dit, inputs):
+    model = get_peft_model(dit.to(torch.bfloat16), DiffFitConfig())
+    inputs["hidden_states"] = inputs["hidden_states"].to(torch.bfloat16)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in weights} == {torch.float32} and model.dtype == torch.bfloat16
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    losses = []
+    for _ in range(5):
+        output = model(**inputs).sample
+        assert output.dtype == torch.bfloat16
+        loss = output.float().square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_independent(dit, inputs, duplicate):
+    model = get_peft_model(dit, DiffFitConfig())
+    randomise(model)
+    expected = outputs(model, inputs)
+    other = duplicate(model)
+    assert torch.equal(outputs(other, inputs), expected)
+    other.unload()
+    assert torch.equal(outputs(model, inputs), expected)
+
+
+def test_positional_and_keyword_calls_agree(dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig())
+    randomise(model)
+    expected = outputs(model, inputs)
+    with torch.no_grad():
+        assert torch.equal(model(*inputs.values()).sample, expected)
+        assert torch.equal(model(*inputs.values(), return_dict=False)[0], expected)
+
+
+def test_embedders_that_differ_are_left_alone(dit, inputs):
+    dit.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight.data[3] += 1
+    expected = outputs(dit, inputs)
+    with pytest.warns(UserWarning, match="4 timestep and class embedders .* differ"):
+        model = get_peft_model(dit, DiffFitConfig())
+    assert torch.equal(outputs(model, inputs), expected)
+    assert sum("embedding_table.difffit_delta" in name for name, _ in model.named_parameters()) == 4
+
+
+def test_a_larger_grid_uses_positions_of_the_old_one(inputs):
+    dit = make_dit()
+    model = get_peft_model(dit, DiffFitConfig(sample_size=16))
+    assert dit.config.sample_size == 16
+    positions = dit.pos_embed.pos_embed.view(8, 8, -1)
+    torch.testing.assert_close(positions[::2, ::2], make_dit().pos_embed.pos_embed.view(4, 4, -1))
+    wide = make_inputs(side=16)
+    assert torch.equal(outputs(model, wide), outputs(make_dit(), wide))  # Diffusers computes the same, every forward
+    assert model.unload().config.sample_size == 8
+    assert torch.equal(dit.pos_embed.pos_embed, make_dit().pos_embed.pos_embed)
