@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import DiffFitConfig
 from .layer import DiffFitLayer
 
 
@@ -16,19 +17,17 @@ class DiffFitEmbedding(DiffFitLayer):
     `difffit_delta[name]` has shape (K + 1, channels), the null row last. There is no γ.
     """
 
-    def update_layer(
-        self, adapter_name: str, num_classes: int | None, init_class_rows: str, init_weights: bool
-    ) -> None:
-        """Adds an adapter of K = `num_classes` classes, or of all the table's.
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, gamma: bool = False, delta: bool = True) -> None:
+        """Adds an adapter of K = `config.num_classes` classes, or of all the table's.
 
-        With `init_class_rows="null"` (and `num_classes`) every class starts from the null row, else from its own.
+        Where K is given and `config.init_class_rows` is "null", each class starts from the null row, else from its own.
         """
-        table = self.get_base_layer().weight
-        rows = len(table) if num_classes is None else num_classes + 1
-        delta = torch.zeros(rows, table.shape[1]) if init_weights else torch.randn(rows, table.shape[1])
-        if init_weights and num_classes is not None and init_class_rows == "null" and not table.is_meta:
-            delta[:-1] = table[-1].detach().float() - table[:num_classes].detach().float()
-        self.difffit_delta[adapter_name] = nn.Parameter(delta)
+        table, classes = self.get_base_layer().weight.detach(), config.num_classes
+        shape = (len(table) if classes is None else classes + 1, table.shape[1])
+        rows = torch.zeros(shape) if config.init_weights else torch.randn(shape)
+        if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
+            rows[:-1] = table[-1].float() - table[:classes].float()
+        self.difffit_delta[adapter_name] = nn.Parameter(rows)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -38,20 +37,20 @@ class DiffFitEmbedding(DiffFitLayer):
         y = self.base_layer(labels)
         if self.disable_adapters or self.merged:
             return y
-        for name in self.active_adapters:
-            if name in self.difffit_delta:
-                delta = self.composed_delta([name])
-                null = len(delta) - 1
-                row = torch.where(labels < null, labels, null)
-                trained = (labels < null) | (labels == self.get_base_layer().num_embeddings - 1)
-                y = y + (F.embedding(row, delta) * trained.unsqueeze(-1)).to(y.dtype)
+        for rows in self._rows(self.active_adapters):
+            null = len(rows) - 1
+            trained = (labels < null) | (labels == self.get_base_layer().num_embeddings - 1)
+            delta = F.embedding(torch.where(labels < null, labels, null), rows)
+            y = y + (delta * trained.unsqueeze(-1)).to(y.dtype)
         return y
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
         table = base["weight"].float().clone()
-        for name in adapters:
-            if name in self.difffit_delta:
-                delta = self.composed_delta([name]).detach().float()
-                table[: len(delta) - 1] += delta[:-1]
-                table[-1] += delta[-1]
+        for rows in self._rows(adapters):
+            table[: len(rows) - 1] += rows[:-1].detach().float()
+            table[-1] += rows[-1].detach().float()
         return {"weight": table}
+
+    def _rows(self, adapters: list[str]) -> list[Tensor]:
+        """The rows of each adapter, (K + 1, channels), at its strength."""
+        return [self._at_strength(self.difffit_delta, name, 0) for name in adapters if name in self.difffit_delta]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from functools import reduce
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .config import DiffFitConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -52,15 +55,15 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
 
-    def update_layer(self, adapter_name: str, gamma: bool, delta: bool, init_weights: bool) -> None:
-        """Adds an adapter: γ and δ as asked for, at γ = 1 and δ = 0, or random."""
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, gamma: bool, delta: bool) -> None:
+        """Adds an adapter: γ and δ as asked for, from γ = 1 and δ = 0, or random if `config.init_weights` is False."""
         shape = self._parameter_shape()
         if gamma:
-            self.difffit_gamma[adapter_name] = nn.Parameter(
-                torch.ones(shape) if init_weights else torch.rand(shape) + 0.5
-            )
+            value = torch.ones(shape) if config.init_weights else torch.rand(shape) + 0.5
+            self.difffit_gamma[adapter_name] = nn.Parameter(value)
         if delta:
-            self.difffit_delta[adapter_name] = nn.Parameter(torch.zeros(shape) if init_weights else torch.randn(shape))
+            value = torch.zeros(shape) if config.init_weights else torch.randn(shape)
+            self.difffit_delta[adapter_name] = nn.Parameter(value)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
@@ -87,25 +90,20 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def composed_gamma(self, adapters: list[str]) -> Tensor | None:
         """γ = Π (1 + s_i (γ_i - 1)), or None where no adapter has one."""
-        product = None
-        for name in adapters:
-            if name in self.difffit_gamma:
-                gamma = self.difffit_gamma[name]
-                if name in self.strength:
-                    gamma = 1 + self.strength[name] * (gamma - 1)
-                product = gamma if product is None else product * gamma
-        return product
+        gammas = [self._at_strength(self.difffit_gamma, name, 1) for name in adapters if name in self.difffit_gamma]
+        return reduce(torch.mul, gammas) if gammas else None
 
     def composed_delta(self, adapters: list[str]) -> Tensor | None:
         """δ = Σ s_i δ_i, or None where no adapter has one."""
-        total = None
-        for name in adapters:
-            if name in self.difffit_delta:
-                delta = self.difffit_delta[name]
-                if name in self.strength:
-                    delta = self.strength[name] * delta
-                total = delta if total is None else total + delta
-        return total
+        deltas = [self._at_strength(self.difffit_delta, name, 0) for name in adapters if name in self.difffit_delta]
+        return reduce(torch.add, deltas) if deltas else None
+
+    def _at_strength(self, values: nn.ParameterDict, adapter_name: str, neutral: int) -> Tensor:
+        """neutral + s (value - neutral): nothing of an adapter at s = 0, all of it at s = 1."""
+        value = values[adapter_name]
+        if adapter_name not in self.strength:
+            return value
+        return neutral + self.strength[adapter_name] * (value - neutral)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active adapters, or those named, into the base layer: W' = γW, b' = γ(b + δ).

@@ -10,14 +10,14 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from . import conditioning, resolution
-from .architectures import Architecture, architecture_of
+from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
 from .config import DiffFitConfig, nearest
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported
 
-# What an adapter does to one layer: the arguments of the layer's `update_layer`.
-_Plan = dict[str, dict[str, Any]]
+# Which of γ and δ each layer gets, by the layer's name.
+_Plan = dict[str, dict[str, bool]]
 
 
 class DiffFitModel(BaseTuner):
@@ -45,7 +45,7 @@ class DiffFitModel(BaseTuner):
         newly_shared = architecture.copied_embedder and conditioning.share(model)
         try:
             self._plan, self._excluded = _plan(peft_config, model, architecture)
-            if architecture.copied_embedder:
+            if peft_config.sample_size is not None:
                 resolution.set_sample_size(model, peft_config.sample_size)
         except Exception:
             if newly_shared:
@@ -55,6 +55,11 @@ class DiffFitModel(BaseTuner):
     def _check_base(self, config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> None:
         """Refuses a base of another shape, and notes this one's in the config."""
         if not architecture.base_config:
+            if config.sample_size is not None:
+                raise ValueError(
+                    f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
+                    f"{', '.join(ARCHITECTURES)} can. Leave it out."
+                )
             return
         base = {name: model.config[name] for name in architecture.base_config}
         base["sample_size"] = resolution.base_sample_size(model)
@@ -95,7 +100,7 @@ class DiffFitModel(BaseTuner):
         layer = target
         if not isinstance(target, DiffFitLayer):
             layer = DiffFitEmbedding(target) if isinstance(target, nn.Embedding) else DiffFitLayer(target)
-        layer.update_layer(adapter_name, **self._plan[current_key], init_weights=peft_config.init_weights)
+        layer.update_layer(adapter_name, peft_config, **self._plan[current_key])
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -114,7 +119,7 @@ class DiffFitModel(BaseTuner):
         if missing or unknown:
             raise ValueError(
                 f"The weights do not fit the adapter {adapter_name!r}: {len(missing)} are missing and {len(unknown)} "
-                f"belong to no layer of it, for instance {(missing + unknown)[0]}. Is the file from another configuration?"
+                f"belong to no layer of it, for instance {(missing + unknown)[0]}. Is the file from another config?"
             )
         return remapped
 
@@ -163,7 +168,7 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
                 "and the null class: at most that many can be adapted."
             )
         if (name in targets or config.num_classes is not None) and name not in excluded:
-            plan[name] = {"num_classes": config.num_classes, "init_class_rows": config.init_class_rows}
+            plan[name] = {"gamma": False, "delta": True}
     if not plan:
         raise ValueError(
             f"target_modules={config.target_modules}, exclude_modules={config.exclude_modules} and "

@@ -227,7 +227,7 @@ def test_adapters_compose_in_any_order(dit, inputs):
 
 def test_safe_merge_refuses_what_is_not_finite(dit):
     layer = DiffFitLayer(torch.nn.Linear(4, 4))
-    layer.update_layer("a", gamma=True, delta=True, init_weights=True)
+    layer.update_layer("a", DiffFitConfig(), gamma=True, delta=True)
     layer.set_adapter("a")
     layer.difffit_gamma["a"].data[0] = float("nan")
     before = layer.base_layer.weight.clone()
@@ -251,7 +251,9 @@ def test_safe_merge_refuses_what_is_not_finite(dit):
 )
 def test_every_kind_of_layer_follows_the_formula(base, x):
     layer = DiffFitLayer(base)
-    layer.update_layer("a", gamma=True, delta=getattr(base, "bias", None) is not None, init_weights=False)
+    layer.update_layer(
+        "a", DiffFitConfig(init_weights=False), gamma=True, delta=getattr(base, "bias", None) is not None
+    )
     layer.set_adapter("a")
     y = base(x)
     dim = -1 if y.shape[-1] == len(layer.difffit_gamma["a"]) else 1

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 # Published DiTs treat a latent like an image of 8 bits a channel when they score the last denoising step.
@@ -21,7 +22,7 @@ def diffusion_loss(
     x_0: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    scheduler,
+    scheduler: SchedulerMixin,
 ) -> Tensor:
     """The training loss of every sample.
 
@@ -60,7 +61,9 @@ def diffusion_loss(
     return loss + vlb_loss(prediction.detach(), model_output[:, channels:], x_0, x_t, timesteps, scheduler)
 
 
-def vlb_loss(prediction: Tensor, variance: Tensor, x_0: Tensor, x_t: Tensor, timesteps: Tensor, scheduler) -> Tensor:
+def vlb_loss(
+    prediction: Tensor, variance: Tensor, x_0: Tensor, x_t: Tensor, timesteps: Tensor, scheduler: SchedulerMixin
+) -> Tensor:
     """One term of the variational lower bound per sample, in bits per dimension, shape (batch,).
 
     For t > 0 it is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); for t = 0 it is -log p(x_0 | x_1), with a Gaussian

@@ -1,0 +1,41 @@
+"""Counts what DiffFit trains in a DiT-XL/2 (675 M parameters), without downloading it.
+
+    python examples/parameters.py --num_classes 101
+"""
+
+import argparse
+from collections import Counter
+
+import torch
+from diffusers import DiTTransformer2DModel
+from peft import get_peft_model, get_peft_model_state_dict
+
+from difffit_peft import DiffFitConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_classes", type=int, default=101, help="classes of the new domain")
+    args = parser.parse_args()
+
+    with torch.device("meta"):  # shapes without values
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=28, num_embeds_ada_norm=1000
+        )
+    model = get_peft_model(transformer, DiffFitConfig(num_classes=args.num_classes))
+    counts: Counter[str] = Counter()
+    for name, parameter in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        kind = "class rows" if "embedding_table" in name else "scale factors γ" if "gamma" in name else "biases δ"
+        counts[kind] += parameter.numel()
+    total, base = sum(counts.values()), sum(p.numel() for p in model.unload().parameters())
+    # the paper's model: one timestep and class embedder where Diffusers stores a copy per block
+    base -= 27 * sum(p.numel() for p in transformer.transformer_blocks[0].norm1.emb.parameters())
+
+    print("| trained | parameters | share |\n| --- | ---: | ---: |")
+    for kind, count in counts.items():
+        print(f"| {kind} | {count:,} | {count / base:.3%} |")
+    print(f"| **all** | **{total:,}** | **{total / base:.3%}** of {base:,} |\n\n{4 * total:,} bytes in float32")
+
+
+if __name__ == "__main__":
+    main()

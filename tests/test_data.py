@@ -1,0 +1,420 @@
+"""Images to latents: what is read, what is refused, and when the cache is used."""
+
+import io
+import os
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from diffusers import AutoencoderKL
+
+from difffit_peft.training.data import (
+    LabelledImages,
+    LatentDataset,
+    center_crop,
+    encode_latents,
+    latents_key,
+    load_labelled_images,
+    to_pixels,
+    to_rgb,
+)
+
+SIDE = 16
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (20, 24)) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def png(image: PIL.Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def write_folder(root, classes=("ant", "bee"), count: int = 2):
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture(i).save(root / name / f"{i}.png")
+    return root
+
+
+def write_parquet(path, labels, feature, images=None):
+    images = images or [png(picture(i)) for i in range(len(labels))]
+    rows = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": feature})).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda path, **options: load_labelled_images(train_data_dir=path, cache_dir=tmp_path / "cache", **options)
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    ).eval()
+
+
+# Pixels
+
+
+def test_transparency_is_composited_on_white():
+    rgba = PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((0, 0), (255, 0, 0, 255))
+    rgba.putpixel((1, 0), (0, 0, 0, 128))
+    rgb = to_rgb(rgba)
+    assert rgb.mode == "RGB"
+    assert [rgb.getpixel(at) for at in [(0, 0), (1, 0), (2, 0)]] == [(255, 0, 0), (127, 127, 127), (255, 255, 255)]
+
+
+def test_a_transparent_palette_colour_is_white():
+    image = PIL.Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image = PIL.Image.open(io.BytesIO(png(image, transparency=0)))
+    assert image.mode == "P"
+    assert [to_rgb(image).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    white = {"I;16": 65535, "CMYK": (0, 0, 0, 0), "P": 0}.get(mode, "white")
+    image = PIL.Image.new(mode, (SIDE, SIDE), white)
+    if mode == "P":
+        image.putpalette([255, 255, 255])
+    pixels = to_pixels(image, SIDE)
+    assert pixels.shape == (3, SIDE, SIDE)
+    assert pixels.dtype == torch.float32
+    assert pixels.eq(1).all()
+
+
+def test_sixteen_bits_keep_their_range():
+    image = PIL.Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+def test_float_images_are_refused():
+    with pytest.raises(ValueError, match="floating point"):
+        to_rgb(PIL.Image.new("F", (4, 4)))
+
+
+def test_pixels_span_minus_one_to_one():
+    image = PIL.Image.new("RGB", (SIDE, SIDE), (0, 255, 51))
+    assert to_pixels(image, SIDE)[:, 0, 0].tolist() == pytest.approx([-1, 1, 51 / 127.5 - 1])
+
+
+def test_exif_orientation_is_applied():
+    image = PIL.Image.new("RGB", (4, 2), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise: the top left corner goes to the top right
+    turned = to_rgb(PIL.Image.open(io.BytesIO(png(image, exif=exif))))
+    assert turned.size == (2, 4)
+    assert turned.getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (70, 33), (128, 64), (5, 9)])
+def test_crop_is_dits(size):
+    """`center_crop_arr` of facebookresearch/DiT, written out."""
+    image = picture(size=size[::-1])
+    expected = image
+    while min(*expected.size) >= 2 * SIDE:
+        expected = expected.resize(tuple(x // 2 for x in expected.size), resample=PIL.Image.BOX)
+    scale = SIDE / min(*expected.size)
+    expected = expected.resize(tuple(round(x * scale) for x in expected.size), resample=PIL.Image.BICUBIC)
+    array = np.array(expected)
+    y, x = (array.shape[0] - SIDE) // 2, (array.shape[1] - SIDE) // 2
+    cropped = center_crop(image, SIDE)
+    assert cropped.size == (SIDE, SIDE)
+    assert np.array_equal(np.array(cropped), array[y : y + SIDE, x : x + SIDE])
+
+
+# Loading
+
+
+def test_folder_of_classes(tmp_path, load):
+    """Also with classes that `datasets` takes for splits, and a name that is a pattern."""
+    data = load(write_folder(tmp_path / "images [1]", ["train", "bus", "test"]))
+    assert data.class_names == ["bus", "test", "train"]
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [os.path.basename(os.path.dirname(row["image"]["path"])) for row in data.images] == ["bus"] * 2 + [
+        "test"
+    ] * 2 + ["train"] * 2
+
+
+def test_folder_of_splits(tmp_path, load):
+    write_folder(tmp_path / "images" / "train", ["ant", "bee"])
+    write_folder(tmp_path / "images" / "test", ["ant", "bee"], count=1)
+    assert len(load(tmp_path / "images")) == 4
+    assert len(load(tmp_path / "images", split="test")) == 2
+
+
+def test_one_class(tmp_path, load):
+    data = load(write_folder(tmp_path / "images", ["ant"]))
+    assert data.class_names == ["ant"]
+    assert data.labels.tolist() == [0, 0]
+
+
+def test_folder_with_metadata(tmp_path, load):
+    write_folder(tmp_path / "images", ["all"])
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,kind\nall/0.png,bee\nall/1.png,ant\n")
+    data = load(tmp_path / "images", label_column="kind")
+    assert data.class_names == ["ant", "bee"]
+    assert data.labels.tolist() == [1, 0]
+
+
+def test_parquet_file_and_folder(tmp_path, load):
+    (tmp_path / "data").mkdir()
+    feature = ClassLabel(names=["ant", "bee", "cow"])
+    path = write_parquet(tmp_path / "data" / "train.parquet", [2, 0, 2], feature)
+    write_parquet(tmp_path / "data" / "test.parquet", [1], feature)
+    for given, options in [(path, {}), (path.parent, {}), (str(path.parent), {"split": "train"})]:
+        data = load(given, **options)
+        assert data.class_names == ["ant", "bee", "cow"]
+        assert data.labels.tolist() == [2, 0, 2]
+    assert load(path.parent, split="test").labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "names", "labels"),
+    [
+        (["bee", "ant", "bee"], Value("string"), ["ant", "bee"], [1, 0, 1]),
+        ([2, 0, 2], Value("int64"), ["0", "1", "2"], [2, 0, 2]),
+    ],
+)
+def test_labels_that_are_no_class_label(tmp_path, load, values, feature, names, labels):
+    data = load(write_parquet(tmp_path / "data.parquet", values, feature))
+    assert data.class_names == names
+    assert data.labels.tolist() == labels
+
+
+def test_other_column_names(tmp_path, load):
+    rows = {"picture": [png(picture())], "kind": ["ant"]}
+    Dataset.from_dict(rows, features=Features({"picture": Value("binary"), "kind": Value("string")})).to_parquet(
+        tmp_path / "data.parquet"
+    )
+    data = load(tmp_path / "data.parquet", image_column="picture", label_column="kind")
+    assert data.images.column_names == ["image"]
+    assert data.images[0]["image"]["bytes"] == rows["picture"][0]
+
+
+def test_max_samples_draws_images_with_their_labels(tmp_path, load):
+    folder = write_folder(tmp_path / "images", [f"{i:02d}" for i in range(10)], count=1)
+    data = load(folder, max_samples=6, seed=3)
+    assert [int(os.path.basename(os.path.dirname(row["image"]["path"]))) for row in data.images] == data.labels.tolist()
+    assert len(set(data.labels.tolist())) == 6
+    assert load(folder, max_samples=6, seed=3).labels.tolist() == data.labels.tolist()
+    assert load(folder, max_samples=6, seed=4).labels.tolist() != data.labels.tolist()
+    assert len(data.class_names) == 10
+
+
+def test_class_index():
+    data = LabelledImages(None, torch.empty(0), ["ant", "1", "bee"])
+    assert [data.class_index(label) for label in ("bee", "1", "2")] == [2, 1, 2]
+    for label in ("bees", "3", "-1"):
+        with pytest.raises(ValueError, match=f"{label!r} is no class.*3 classes"):
+            data.class_index(label)
+
+
+@pytest.mark.parametrize(
+    ("labels", "agree"),
+    [
+        ({"ant": 0, "bee": 1, "honeybee": 1, "cow": 2}, True),
+        ({"ant": 0, "bee": 1}, False),
+        ({"ant": 1, "bee": 0, "honeybee": 0}, False),
+        ({}, False),
+    ],
+)
+def test_classes_agree(labels, agree):
+    assert LabelledImages(None, torch.empty(0), ["ant", "bee, honeybee"]).classes_agree(labels) is agree
+
+
+# Refusals
+
+
+def test_refuses_what_holds_no_images(tmp_path, load):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="neither images nor parquet.*one folder of images per class"):
+        load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="a file but not .parquet"):
+        load(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="exactly one"):
+        load(tmp_path / "empty", dataset_name="some/data")
+    with pytest.raises(ValueError, match="exactly one"):
+        load(None)
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "ant/deeper/stray.png"])
+def test_refuses_images_outside_a_class(tmp_path, load, stray):
+    folder = write_folder(tmp_path / "images")
+    (folder / stray).parent.mkdir(exist_ok=True)
+    picture().save(folder / stray)
+    with pytest.raises(ValueError, match=f"{stray} does not lie in a class's folder.*1 of 5"):
+        load(folder)
+
+
+def test_refuses_missing_columns(tmp_path, load):
+    folder = write_folder(tmp_path / "images")
+    with pytest.raises(ValueError, match=r"image_column is 'img'.*\['image', 'label'\]"):
+        load(folder, image_column="img")
+    with pytest.raises(ValueError, match=r"label_column is 'class'.*\['image', 'label'\]"):
+        load(folder, label_column="class")
+
+
+def test_refuses_columns_of_another_type(tmp_path, load):
+    path = write_parquet(tmp_path / "data.parquet", [0.5, 1.0], Value("float32"))
+    with pytest.raises(ValueError, match="label_column 'label' holds.*float32.*ClassLabel"):
+        load(path)
+    with pytest.raises(ValueError, match="label_column 'image' holds"):
+        load(path, label_column="image")
+    with pytest.raises(ValueError, match="image_column 'label' holds"):
+        load(path, image_column="label")
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "message"),
+    [
+        ([0, -1, -1], ClassLabel(names=["ant", "bee"]), r"is -1 in row 1 \(2 such rows\).*0 to 1"),
+        ([0, -1], Value("int64"), r"is -1 in row 1 \(1 such rows\).*0 to 0"),
+        ([0, None], ClassLabel(names=["ant", "bee"]), "empty in row 1"),
+        (["ant", "bee", None], Value("string"), "empty in row 2"),
+    ],
+)
+def test_refuses_labels_out_of_range(tmp_path, load, values, feature, message):
+    with pytest.raises(ValueError, match=message):
+        load(write_parquet(tmp_path / "data.parquet", values, feature))
+
+
+def test_refuses_more_classes_than_the_base_has(tmp_path, load):
+    folder = write_folder(tmp_path / "images", ["ant", "bee", "cow"])
+    assert len(load(folder, max_classes=3).class_names) == 3
+    with pytest.raises(ValueError, match="3 classes, but the base's class table holds 2"):
+        load(folder, max_classes=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_is_named(tmp_path, load, vae, workers):
+    folder = write_folder(tmp_path / "images")
+    broken = folder / "bee" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"bee/1.png \(row 3\) cannot be read.*Repair or remove it"):
+        encode_latents(vae, load(folder).images, SIDE, tmp_path / "latents", num_workers=workers)
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_a_broken_row_is_named(tmp_path, load, vae, content):
+    images = [png(picture()), png(picture())[:100] if content is None else content]
+    path = write_parquet(tmp_path / "data.parquet", ["ant", "bee"], Value("string"), images)
+    with pytest.raises(ValueError, match="row 1 cannot be read"):
+        encode_latents(vae, load(path).images, SIDE, tmp_path / "latents")
+
+
+# Latents
+
+
+@torch.no_grad()
+def test_latents_are_the_scaled_posterior_of_both_views(tmp_path, load, vae):
+    data = load(write_folder(tmp_path / "images", ["ant"], count=3))
+    mean, std = encode_latents(vae, data.images, SIDE, tmp_path, batch_size=2)
+    assert mean.shape == std.shape == (2, 3, 4, SIDE // 2, SIDE // 2)
+    for row in range(3):
+        pixels = to_pixels(picture(row), SIDE)[None]
+        for view, seen in enumerate([pixels, pixels.flip(-1)]):
+            posterior = vae.encode(seen).latent_dist
+            torch.testing.assert_close(mean[view, row].float(), 0.5 * posterior.mean[0], rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(std[view, row].float(), 0.5 * posterior.std[0], rtol=2e-3, atol=1e-4)
+    assert len(encode_latents(vae, data.images, SIDE, tmp_path, random_flip=False)[0]) == 1
+
+
+def cached(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_cached_latents_are_used(tmp_path, load, vae, monkeypatch):
+    data = load(write_folder(tmp_path / "images"))
+    mean, std = encode_latents(vae, data.images, SIDE, tmp_path / "latents")
+    assert cached(tmp_path / "latents") == [f"latents-{latents_key(vae, data.images, SIDE, True)}.safetensors"]
+    for path in (tmp_path / "images").rglob("*.png"):  # decoding again would fail
+        path.unlink()
+    again = encode_latents(vae, data.images, SIDE, tmp_path / "latents")
+    assert torch.equal(again[0], mean) and torch.equal(again[1], std)
+
+
+def test_the_key_holds_all_that_shapes_latents(tmp_path, load, vae):
+    folder = write_folder(tmp_path / "images")
+    images = load(folder).images
+    key = latents_key(vae, images, SIDE, True)
+    assert latents_key(vae, load(folder).images, SIDE, True) == key
+    other = AutoencoderKL.from_config(vae.config)
+    keys = [latents_key(vae, images, 2 * SIDE, True), latents_key(vae, images, SIDE, False)]
+    keys += [latents_key(other, images, SIDE, True), latents_key(vae, images.select([1, 0]), SIDE, True)]
+    other.load_state_dict(vae.state_dict())
+    assert latents_key(other, images, SIDE, True) == key
+    other.register_to_config(scaling_factor=0.25)
+    keys.append(latents_key(other, images, SIDE, True))
+    picture(99).save(folder / "ant" / "0.png")
+    keys.append(latents_key(vae, load(folder).images, SIDE, True))
+    assert len({key, *keys}) == 1 + len(keys)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other shape"])
+def test_a_damaged_cache_is_written_anew(tmp_path, load, vae, damage, caplog):
+    images = load(write_folder(tmp_path / "images")).images
+    mean, _ = encode_latents(vae, images, SIDE, tmp_path / "latents")
+    expected = mean.clone()  # the file behind it is about to change
+    (path,) = (tmp_path / "latents").iterdir()
+    whole = path.read_bytes()
+    if damage == "other shape":
+        encode_latents(vae, images.select([0]), SIDE, tmp_path / "fewer")
+        (tmp_path / "fewer").joinpath(*cached(tmp_path / "fewer")).replace(path)
+    else:
+        path.unlink()
+        path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
+    assert torch.equal(encode_latents(vae, images, SIDE, tmp_path / "latents")[0], expected)
+    assert "encoding the images again" in caplog.text
+    assert path.read_bytes() == whole
+    assert cached(tmp_path / "latents") == [path.name]
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path, load, vae):
+    broken = AutoencoderKL.from_config(vae.config)
+    broken.quant_conv.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite for rows 0 to 1"):
+        encode_latents(broken, load(write_folder(tmp_path / "images", ["ant"])).images, SIDE, tmp_path / "latents")
+
+
+def test_dataset_draws_views_and_posterior_samples():
+    torch.manual_seed(0)
+    mean = torch.tensor([-10.0, 10.0]).view(2, 1, 1, 1, 1).expand(2, 3, 2, 1, 1).half()
+    dataset = LatentDataset(mean, torch.full_like(mean, 0.5), torch.tensor([4, 5, 6]))
+    assert len(dataset) == 3
+    samples = torch.stack([dataset[1][0] for _ in range(400)])
+    assert samples.shape == (400, 2, 1, 1) and samples.dtype == torch.float32
+    assert dataset[1][1] == 5
+    mirrored = samples[:, 0, 0, 0] > 0
+    assert 0.4 < mirrored.float().mean() < 0.6
+    assert 0.45 < samples[mirrored].std() < 0.55
+
+
+def test_dataset_refuses_other_shapes():
+    mean = torch.zeros(1, 3, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 2, 2\).*2 labels"):
+        LatentDataset(mean, mean, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"std \(2, 3, 4, 2, 2\)"):
+        LatentDataset(mean, mean.expand(2, -1, -1, -1, -1), torch.zeros(3))
