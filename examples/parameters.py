@@ -1,6 +1,6 @@
 """Counts what DiffFit trains in a DiT-XL/2 (675 M parameters), without downloading it.
 
-    python examples/parameters.py --num_classes 101
+python examples/parameters.py --num_classes 101
 """
 
 import argparse

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.data import LabelledImages, LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images, sample_latents
 from difffit_peft.training.losses import diffusion_loss
 
 
@@ -118,14 +118,6 @@ def checked_resolution(pipe: DiTPipeline, resolution: int | None) -> int:
     return own
 
 
-def validation_classes(data: LabelledImages, wanted: list[str] | None) -> list[int]:
-    """Class indices from names or indices; by default up to four, spread over the classes."""
-    if wanted is not None:
-        return [data.class_index(label) for label in wanted]
-    count = min(4, len(data.class_names))
-    return [index * len(data.class_names) // count for index in range(count)]
-
-
 @contextmanager
 def averaged_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
     """Puts the averaged weights in place for a while."""
@@ -194,7 +186,10 @@ def main(args: argparse.Namespace) -> Result:
         seed=args.seed,
         cache_dir=args.cache_dir,
     )
-    classes = validation_classes(data, args.validation_labels)
+    if args.validation_labels:
+        classes = [data.class_index(label) for label in args.validation_labels]
+    else:
+        classes = list(range(0, len(data.class_names), math.ceil(len(data.class_names) / 4)))
     accelerator.print(f"{len(data)} images in {len(data.class_names)} classes, at {resolution}x{resolution}")
 
     cache = Path(args.cache_dir) if args.cache_dir else cached_assets_path("difffit_peft", "latents")
@@ -232,7 +227,8 @@ def main(args: argparse.Namespace) -> Result:
     )
     dataset = LatentDataset(mean, std, data.labels)
     # One pass over the sampler is the whole run, a new order each epoch: every batch is full, however few the images.
-    order = RandomSampler(dataset, num_samples=total_steps * samples_per_step * accelerator.num_processes)
+    num_samples = total_steps * samples_per_step * accelerator.num_processes
+    order = RandomSampler(dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
     loader = DataLoader(dataset, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
     optimizer = torch.optim.AdamW(
         parameters,
@@ -264,8 +260,9 @@ def main(args: argparse.Namespace) -> Result:
     bar = tqdm(total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
     step, average, micro_losses, seconds = 0, None, [], []
     start = time.perf_counter()
-    for x_0, labels in loader:
+    for mean, std, labels in loader:
         with accelerator.accumulate(model):
+            x_0 = sample_latents(mean, std)
             noise = torch.randn_like(x_0)
             timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, labels.shape, device=x_0.device)
             x_t = noise_scheduler.add_noise(x_0, noise, timesteps)

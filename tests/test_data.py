@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader
 
 from difffit_peft.training.data import (
     LabelledImages,
@@ -17,6 +18,7 @@ from difffit_peft.training.data import (
     encode_latents,
     latents_key,
     load_labelled_images,
+    sample_latents,
     to_pixels,
     to_rgb,
 )
@@ -399,17 +401,22 @@ def test_latents_that_are_not_finite_are_refused(tmp_path, load, vae):
         encode_latents(broken, load(write_folder(tmp_path / "images", ["ant"])).images, SIDE, tmp_path / "latents")
 
 
-def test_dataset_draws_views_and_posterior_samples():
+def test_samples_draw_views_and_posterior():
     torch.manual_seed(0)
-    mean = torch.tensor([-10.0, 10.0]).view(2, 1, 1, 1, 1).expand(2, 3, 2, 1, 1).half()
+    mean = torch.tensor([-10.0, 10.0]).view(2, 1, 1, 1, 1) + torch.tensor([0.0, 100, 200]).view(1, 3, 1, 1, 1)
+    mean = mean.expand(2, 3, 2, 1, 1).half()
     dataset = LatentDataset(mean, torch.full_like(mean, 0.5), torch.tensor([4, 5, 6]))
     assert len(dataset) == 3
-    samples = torch.stack([dataset[1][0] for _ in range(400)])
-    assert samples.shape == (400, 2, 1, 1) and samples.dtype == torch.float32
-    assert dataset[1][1] == 5
-    mirrored = samples[:, 0, 0, 0] > 0
+    means, stds, labels = next(iter(DataLoader(dataset, 600, sampler=[1, 2] * 300)))
+    assert labels.tolist() == [5, 6] * 300
+    samples = sample_latents(means, stds)
+    assert samples.shape == (600, 2, 1, 1) and samples.dtype == torch.float32
+    samples = samples.flatten(1) - 100 * (labels - 4).view(-1, 1)
+    mirrored = samples[:, 0] > 0
     assert 0.4 < mirrored.float().mean() < 0.6
-    assert 0.45 < samples[mirrored].std() < 0.55
+    assert samples[mirrored].mean() == pytest.approx(10, abs=0.1)
+    assert samples[~mirrored].mean() == pytest.approx(-10, abs=0.1)
+    assert samples[mirrored].std() == pytest.approx(0.5, abs=0.05)
 
 
 def test_dataset_refuses_other_shapes():

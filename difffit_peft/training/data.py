@@ -107,10 +107,10 @@ def load_labelled_images(
             f"dataset_name is {dataset_name!r} and train_data_dir is {train_data_dir!r}: give exactly one of them."
         )
     cache_dir = None if cache_dir is None else str(cache_dir)
-    if dataset_name is not None:
-        table = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
-    else:
+    if train_data_dir is not None:
         table = _load_local(Path(train_data_dir), split, cache_dir)
+    else:
+        table = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
     if len(table) == 0:
         raise ValueError(f"{dataset_name or train_data_dir}: split {split!r} has no rows, so nothing can be trained.")
     for argument, column in (("image_column", image_column), ("label_column", label_column)):
@@ -147,16 +147,16 @@ def _load_local(path: Path, split: str, cache_dir: str | None) -> Table:
 
     nested = path / split
     root = nested if nested.is_dir() and any(child.is_dir() for child in nested.iterdir()) else path
-    files = [Path(name) for name in sorted(glob.glob("**", root_dir=root, recursive=True))]
-    pictures = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS and (root / file).is_file()]
+    found = [Path(name) for name in sorted(glob.glob("**", root_dir=root, recursive=True))]
+    pictures = [file for file in found if file.suffix.lower() in ImageFolder.EXTENSIONS and (root / file).is_file()]
     if not pictures:
-        if any(file.suffix.lower() == ".parquet" for file in files):
+        if any(file.suffix.lower() == ".parquet" for file in found):
             return load_dataset("parquet", data_dir=glob.escape(str(path)), split=split, cache_dir=cache_dir)
         raise ValueError(
             f"train_data_dir {root} holds neither images nor parquet files: "
             "expected one folder of images per class, <class>/<image>."
         )
-    with_metadata = any(file.name in ImageFolder.METADATA_FILENAMES for file in files)
+    with_metadata = any(file.name in ImageFolder.METADATA_FILENAMES for file in found)
     misplaced = [file for file in pictures if len(file.parts) != 2]
     if misplaced and not with_metadata:
         raise ValueError(
@@ -217,9 +217,9 @@ def _labels(table: Table, column: str) -> tuple[Tensor, list[str]]:
 def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """Resizes the shorter side to `size` and crops the centre square, as DiT (`center_crop_arr`) prepares images."""
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), PIL.Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), PIL.Image.Resampling.BICUBIC)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), PIL.Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -311,7 +311,9 @@ def encode_latents(
 
 
 @torch.no_grad()
-def _encode(vae, images: Table, resolution: int, views: int, batch_size: int, num_workers: int) -> dict[str, Tensor]:
+def _encode(
+    vae: AutoencoderKL, images: Table, resolution: int, views: int, batch_size: int, num_workers: int
+) -> dict[str, Tensor]:
     loader = DataLoader(_PixelDataset(images, resolution), batch_size, num_workers=num_workers)
     latents: dict[str, Tensor] = {}
     with tqdm(total=len(images), desc="Encoding images", unit="image") as bar:
@@ -359,9 +361,9 @@ def _write(latents: dict[str, Tensor], path: Path) -> None:
 
 
 class LatentDataset(Dataset):
-    """Pairs of a latent (channels, height, width), float32, and its class.
+    """Triples of mean and std, each (views, channels, height, width) in half precision, and a class.
 
-    Each access draws the image or its mirror image, and a sample of the posterior, from torch's global generator.
+    It draws nothing itself, so what a loop draws does not depend on how far its loader runs ahead: `sample_latents`.
 
     Args:
         mean: from `encode_latents`, shape (views, N, channels, height, width).
@@ -380,7 +382,17 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        view = int(torch.randint(len(self.mean), ()))
-        mean, std = self.mean[view, row].float(), self.std[view, row].float()
-        return mean + std * torch.randn(std.shape), self.labels[row]
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mean[:, row], self.std[:, row], self.labels[row]
+
+
+def sample_latents(mean: Tensor, std: Tensor) -> Tensor:
+    """A latent for every sample of a batch: one of its views, and a draw from that view's posterior.
+
+    `mean` and `std` have shape (batch, views, channels, height, width); returns float32 of shape (batch, channels,
+    height, width), drawn from torch's global generator.
+    """
+    rows = torch.arange(len(mean), device=mean.device)
+    views = torch.randint(mean.shape[1], rows.shape, device=mean.device)
+    mean, std = mean[rows, views].float(), std[rows, views].float()
+    return mean + std * torch.randn_like(std)

@@ -47,7 +47,7 @@ SHOWN = [
 
 
 def fastest_precision() -> str:
-    """"bf16" where this machine multiplies matrices faster in it, else "no"."""
+    """ "bf16" where this machine multiplies matrices faster in it, else "no"."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(1024, 1024, dtype=dtype)
