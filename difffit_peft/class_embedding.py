@@ -30,19 +30,23 @@ class DiffFitEmbedding(DiffFitLayer):
         self.difffit_delta[adapter_name] = nn.Parameter(rows)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def forward(self, labels: Tensor) -> Tensor:
-        """labels: integers of any shape. Returns that shape and (channels,)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        y = self.base_layer(labels)
-        if self.disable_adapters or self.merged:
+    def _adapt(self, y: Tensor, labels: Tensor, adapter_names: list[str] | None) -> Tensor:
+        """y + δ of the labels: y has shape (batch, channels), labels (batch,)."""
+        if adapter_names is None:
+            for rows in self._rows(self.active_adapters):
+                y = y + self._delta(labels, rows).to(y.dtype)
             return y
-        for rows in self._rows(self.active_adapters):
-            null = len(rows) - 1
-            trained = (labels < null) | (labels == self.get_base_layer().num_embeddings - 1)
-            delta = F.embedding(torch.where(labels < null, labels, null), rows)
-            y = y + (delta * trained.unsqueeze(-1)).to(y.dtype)
+        for name in {*adapter_names} & {*self.difffit_delta}:
+            samples = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=labels.device)
+            (rows,) = self._rows([name])
+            y = y.index_add(0, samples, self._delta(labels[samples], rows).to(y.dtype))
         return y
+
+    def _delta(self, labels: Tensor, rows: Tensor) -> Tensor:
+        """δ of each label: its row, the last one for the null class, 0 for a class that is not trained."""
+        null = len(rows) - 1
+        trained = (labels < null) | (labels == self.get_base_layer().num_embeddings - 1)
+        return F.embedding(torch.where(labels < null, labels, null), rows) * trained.unsqueeze(-1)
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
         table = base["weight"].float().clone()

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import DiffFitConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNELS_FIRST_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -47,6 +48,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = _features(self.get_base_layer())
         self.difffit_gamma = nn.ParameterDict()
         self.difffit_delta = nn.ParameterDict()
         self.strength: dict[str, Tensor] = {}  # 0-dim, for adapters whose strength is not 1
@@ -74,14 +76,27 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.strength.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample of the batch.
+
+        Raises:
+            ValueError: if there are not as many adapters as samples, or adapters are merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
+        return y if self.disable_adapters or self.merged else self._adapt(y, x, adapter_names)
+
+    def _adapt(self, y: Tensor, x: Tensor, adapter_names: list[str] | None) -> Tensor:
+        """γ ⊙ (y + δ) for the base layer's output y at input x."""
+        if adapter_names is None:
+            delta, gamma = self.composed_delta(self.active_adapters), self.composed_gamma(self.active_adapters)
+        else:  # (batch, channels)
+            delta = self._gathered(self.difffit_delta, adapter_names, 0)
+            gamma = self._gathered(self.difffit_gamma, adapter_names, 1)
         # in the dtype of the activations, so that a half-precision base stays at half the memory
-        delta, gamma = self.composed_delta(self.active_adapters), self.composed_gamma(self.active_adapters)
         if delta is not None:
             y = y + self._broadcast(delta.to(y.dtype), y)
         if gamma is not None:
@@ -104,6 +119,25 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.strength:
             return value
         return neutral + self.strength[adapter_name] * (value - neutral)
+
+    def _gathered(self, values: nn.ParameterDict, adapter_names: list[str], neutral: int) -> Tensor | None:
+        """The value of each sample's adapter, (batch, ...), or None where none of them has one."""
+        at_strength = {name: self._at_strength(values, name, neutral) for name in {*adapter_names} if name in values}
+        if not at_strength:
+            return None
+        missing = torch.full_like(next(iter(at_strength.values())), neutral)
+        return torch.stack([at_strength.get(name, missing) for name in adapter_names])
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active adapters, or those named, into the base layer: W' = γW, b' = γ(b + δ).
@@ -169,17 +203,33 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def _parameter_shape(self) -> tuple[int, ...]:
         layer = self.get_base_layer()
-        if is_norm(layer):
-            return tuple(layer.weight.shape)
-        if isinstance(layer, _CONVOLUTIONS):
-            return (layer.out_channels,)
-        return (layer.nf if isinstance(layer, Conv1D) else layer.out_features,)
+        return tuple(layer.weight.shape) if is_norm(layer) else (self.out_features,)
 
     def _broadcast(self, value: Tensor, y: Tensor) -> Tensor:
-        """A view of `value` (one per channel) that multiplies `y`: channels come last, or first before space."""
+        """A view of `value`, one per channel or one per sample and channel, that broadcasts to `y`.
+
+        Channels come last, or, in convolutions and some norms, before the dimensions of space.
+        """
         layer = self.get_base_layer()
+        shape = self._parameter_shape()
+        space = 0
         if isinstance(layer, _CONVOLUTIONS):
-            return value.view(-1, *[1] * len(layer.kernel_size))
-        if isinstance(layer, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-            return value.view(-1, *[1] * (y.dim() - 2))
-        return value
+            space = len(layer.kernel_size)
+        elif isinstance(layer, _CHANNELS_FIRST_NORMS):
+            space = y.dim() - 2
+        samples = value.shape[: value.dim() - len(shape)]
+        between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
+        return value.view(*samples, *between, *shape, *[1] * space)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """Channels of a layer's input and output."""
+    if isinstance(layer, _CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    if is_norm(layer):
+        return layer.weight.numel(), layer.weight.numel()
+    return layer.in_features, layer.out_features

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import conditioning, resolution
@@ -69,7 +72,8 @@ class DiffFitModel(BaseTuner):
             raise ValueError(
                 "This adapter belongs to another base: "
                 + ", ".join(f"{name} is {expected[name]} there and {base.get(name)} here" for name in differing)
-                + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}."
+                + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new adapter "
+                "from a new DiffFitConfig."
             )
         sample_size = config.sample_size or base["sample_size"]
         others = [other for other in self.peft_config.values() if other is not config]
@@ -123,6 +127,54 @@ class DiffFitModel(BaseTuner):
             )
         return remapped
 
+    def set_scale(self, adapter_name: str, strength: float) -> None:
+        """Scales the effect of an adapter: 0 is the base, 1 the adapter, any real number between or beyond.
+
+        Active adapters i with strengths s_i compose as γ = Π (1 + s_i (γ_i - 1)), δ = Σ s_i δ_i.
+
+        Raises:
+            ValueError: if there is no such adapter, the strength is not finite, or the adapter is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"There is no adapter {adapter_name!r}: the model has {sorted(self.peft_config)}."
+                + nearest(adapter_name, list(self.peft_config))
+            )
+        if not math.isfinite(strength):
+            raise ValueError(f"strength={strength}: must be a finite number.")
+        layers = [module for module in self.modules() if isinstance(module, DiffFitLayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
+        for layer in layers:
+            layer.set_strength(adapter_name, strength)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names`, one adapter per sample, to every layer; PeftModel.forward calls this (peft 0.21)."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = {*adapter_names} - {*self.peft_config, "__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        def hand_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, kwargs | {"adapter_names": adapter_names}
+
+        handles = [
+            module.register_forward_pre_hook(hand_on, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (DiffFitLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         if architecture_of(model).copied_embedder:
@@ -149,6 +201,8 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     else:
         targets = set(_matching("target_modules", config.target_modules, names))
     gammas = _gamma_layers(config, architecture, layers)
+    if config.gamma_modules is None:  # the preset stays within the targets, as whoever names targets expects
+        gammas &= targets
 
     plan: _Plan = {}
     for name, layer in layers.items():

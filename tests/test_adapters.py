@@ -1,5 +1,6 @@
 """What a user sees: adapters saved and loaded, what the config names, and what is refused."""
 
+import contextlib
 import json
 import warnings
 
@@ -285,3 +286,88 @@ def test_attaching_and_loading_warn_of_nothing(adapter):
         warnings.simplefilter("error")
         PeftModel.from_pretrained(make_dit(), adapter)
         get_peft_model(make_dit(), DiffFitConfig(exclude_modules=["pos_embed.proj"]))(**make_inputs())
+
+
+# Several adapters
+
+
+@pytest.fixture
+def three_adapters():
+    model = get_peft_model(make_dit(), DiffFitConfig(num_classes=3), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig(num_classes=8, gamma_layers=[0, 3]))
+    model.add_adapter("c", DiffFitConfig(gamma_modules=[]))
+    for name in "abc":
+        randomise(model, name)
+    return model.eval()
+
+
+def test_one_adapter_per_sample(three_adapters, inputs):
+    names = ["a", "__base__", "b", "c", "b"]
+    mixed = outputs(three_adapters, {**inputs, "adapter_names": names})
+    for i, name in enumerate(names):
+        with three_adapters.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                three_adapters.set_adapter(name)
+            torch.testing.assert_close(mixed[i], outputs(three_adapters, inputs)[i], rtol=1e-4, atol=1e-5)
+
+
+def test_one_adapter_per_sample_in_every_kind_of_layer():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.GroupNorm(2, 6), torch.nn.LayerNorm((6, 5, 5)))
+    model = get_peft_model(model, DiffFitConfig(init_weights=False, gamma_modules=["0"]), adapter_name="a").eval()
+    model.add_adapter("b", DiffFitConfig(init_weights=False))
+    x = torch.randn(3, 4, 7, 7)
+    mixed = model(x, adapter_names=["b", "a", "b"])
+    for i, name in enumerate("bab"):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[i], model(x)[i])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"] * 4, "Length of `adapter_names` should be the same as the number of inputs, but got 4 and 5"),
+        (["a", "x", "a", "a", "a"], "non-existing adapter(s): x"),
+    ],
+)
+def test_wrong_adapter_names(three_adapters, inputs, names, message):
+    with pytest.raises(ValueError) as error:
+        three_adapters(**inputs, adapter_names=names)
+    assert message in str(error.value)
+    assert not any(
+        module._forward_pre_hooks for module in three_adapters.modules() if "DiffFit" in type(module).__name__
+    )
+
+
+def test_strength(three_adapters, inputs):
+    model = three_adapters
+    model.set_adapter("a")
+    full = outputs(model, inputs)
+    with model.disable_adapter():
+        base = outputs(model, inputs)
+    model.set_scale("a", 0.0)
+    torch.testing.assert_close(outputs(model, inputs), base, rtol=1e-4, atol=1e-5)
+    model.set_scale("a", 1.0)
+    torch.testing.assert_close(outputs(model, inputs), full, rtol=1e-4, atol=1e-5)
+    model.set_scale("a", -0.5)
+    model.set_scale("b", 1.5)
+    model.base_model.set_adapter(["a", "b"])
+    blended = outputs(model, inputs)
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
+    gamma = (1 - 0.5 * (layer.difffit_gamma["a"] - 1)) * (1 + 1.5 * (layer.difffit_gamma["b"] - 1))
+    torch.testing.assert_close(layer.composed_gamma(["a", "b"]), gamma)
+    torch.testing.assert_close(
+        layer.composed_delta(["a", "b"]), -0.5 * layer.difffit_delta["a"] + 1.5 * layer.difffit_delta["b"]
+    )
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), blended, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="'a' is merged"):
+        model.set_scale("a", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("aa", 1.0), "no adapter 'aa'"), (("a", float("nan")), "must be a finite number")],
+)
+def test_wrong_strength(three_adapters, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        three_adapters.set_scale(*arguments)

@@ -3,8 +3,8 @@
     make demo
 
 Trains an adapter with `examples/train_difffit.py`, loads it into a fresh stock `DiTPipeline`, and writes
-`demo/before_after.png`: the same classes and seeds before and after, with real Twemoji below. It also measures the Fréchet
-distance of both to the 200 Twemoji held out from training.
+`demo/before_after.png`: the same classes and seeds before and after, with real Twemoji below. It also measures the
+Fréchet distance of both to the 200 Twemoji held out from training.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Features(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 64, 64)
         layers = []
-        for i, o in zip(widths, widths[1:]):
+        for i, o in zip(widths[:-1], widths[1:], strict=True):
             layers += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, self.num_features))
         self.classes, self.styles = nn.Linear(self.num_features, num_classes), nn.Linear(self.num_features, 2)
@@ -128,8 +128,8 @@ def frechet_distance(features: Features, real: Tensor, images: Tensor) -> float:
 def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
     """A labelled grid of pictures, one row per entry."""
     figure, axes = plt.subplots(len(rows), len(names), figsize=(1.1 * len(names), 1.25 * len(rows)), dpi=130)
-    for (title, images), line in zip(rows.items(), axes):
-        for image, name, axis in zip(images, names, line):
+    for (title, images), line in zip(rows.items(), axes, strict=True):
+        for image, name, axis in zip(images, names, line, strict=True):
             axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
             axis.set_xticks([]), axis.set_yticks([])
             axis.spines[:].set_visible(False)
