@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers.configuration_utils import FrozenDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ class DiffFitModel(BaseTuner):
     prefix: str = "difffit_"
     tuner_layer_cls = DiffFitLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def config(self) -> Any:
+        """The model's config, naming the base by its Hub id: PEFT's model card publishes that name."""
+        config = self.model.config
+        name = config.get("_name_or_path") if isinstance(config, FrozenDict) else None
+        return FrozenDict({**config, "_name_or_path": base_model_id(str(name))[0]}) if name else config
 
     def _prepare_adapter_config(self, peft_config: DiffFitConfig, model_config: dict) -> DiffFitConfig:
         return peft_config
@@ -72,8 +80,8 @@ class DiffFitModel(BaseTuner):
             raise ValueError(
                 "This adapter belongs to another base: "
                 + ", ".join(f"{name} is {expected[name]} there and {base.get(name)} here" for name in differing)
-                + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new adapter "
-                "from a new DiffFitConfig."
+                + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new "
+                "adapter from a new DiffFitConfig."
             )
         sample_size = config.sample_size or base["sample_size"]
         others = [other for other in self.peft_config.values() if other is not config]

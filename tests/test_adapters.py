@@ -81,8 +81,12 @@ def test_the_config_names_the_base(tmp_path):
     dit = DiTTransformer2DModel.from_pretrained(
         tmp_path / "models--org--dit" / "snapshots" / ("0" * 40) / "transformer"
     )
-    config = get_peft_model(dit, DiffFitConfig()).peft_config["default"]
+    model = get_peft_model(dit, DiffFitConfig())
+    config = model.peft_config["default"]
     assert (config.base_model_name_or_path, config.revision) == ("org/dit", "0" * 40)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "adapter").glob("*.[mj]*"))
+    assert "base_model: org/dit\n" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_a_local_path_is_never_published(tmp_path):
