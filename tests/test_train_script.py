@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from conftest import make_pipeline
+from diffusers import DiTPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -29,26 +30,7 @@ def script():
 def workdir(tmp_path_factory) -> Path:
     """A tiny random DiT with learned variance in `base`, 12 images in 3 classes in `images`."""
     folder = tmp_path_factory.mktemp("train")
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=1000,
-    )
-    embedder = transformer.transformer_blocks[0].norm1.emb.state_dict()
-    transformer.transformer_blocks[1].norm1.emb.load_state_dict(embedder)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "base")
+    make_pipeline(num_layers=2).save_pretrained(folder / "base")
     generator = np.random.default_rng(0)
     for name in CLASSES:
         (folder / "images" / name).mkdir(parents=True)
