@@ -52,26 +52,28 @@ class DiffFitModel(BaseTuner):
     def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
         """Checks the config against the model and plans what each layer gets, then makes the model ready for it."""
         architecture = architecture_of(model)
-        self._check_base(peft_config, model, architecture)
+        facts = self._facts_of_base(peft_config, model, architecture)
         newly_shared = architecture.copied_embedder and conditioning.share(model)
         try:
             self._plan, self._excluded = _plan(peft_config, model, architecture)
-            if peft_config.sample_size is not None:
-                resolution.set_sample_size(model, peft_config.sample_size)
+            if "sample_size" in facts:
+                resolution.set_sample_size(model, facts["sample_size"])
         except Exception:
             if newly_shared:
                 conditioning.unshare(model)
             raise
+        for name, value in facts.items():
+            setattr(peft_config, name, value)
 
-    def _check_base(self, config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> None:
-        """Refuses a base of another shape, and notes this one's in the config."""
+    def _facts_of_base(self, config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> dict[str, Any]:
+        """What the config is to say of this base; raises if it speaks of another."""
         if not architecture.base_config:
             if config.sample_size is not None:
                 raise ValueError(
                     f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
                     f"{', '.join(ARCHITECTURES)} can. Leave it out."
                 )
-            return
+            return {}
         base = {name: model.config[name] for name in architecture.base_config}
         base["sample_size"] = resolution.base_sample_size(model)
         expected = config.base_config or base
@@ -90,10 +92,11 @@ class DiffFitModel(BaseTuner):
                 f"This adapter is for latents of side {sample_size}, but the model has adapters for "
                 f"{others[0].sample_size}: one model holds adapters of one side. Use a second model."
             )
-        config.base_config, config.sample_size = base, sample_size
+        facts = {"base_config": base, "sample_size": sample_size}
         name = getattr(model.config, "_name_or_path", None)
         if config.base_model_name_or_path is None and name:
-            config.base_model_name_or_path, config.revision = base_model_id(str(name))
+            facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
+        return facts
 
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
         # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
@@ -285,7 +288,15 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
             if (name in block_of or not block_of)
             and (not is_norm(layer) if endings is None else name.endswith(tuple(f".{end}" for end in endings)))
         ]
-    return {name for name in matching if block_of.get(name) in {None, *blocks}}
+    selected = {name for name in matching if block_of.get(name) in {None, *blocks}}
+    if matching and not selected:
+        found = sorted({block_of[name] for name in matching})
+        raise ValueError(
+            f"gamma_modules={config.gamma_modules!r} matches layers of the blocks {found}, but "
+            f"gamma_layers={config.gamma_layers} lets γ onto {sorted(blocks)} alone"
+            + (" (by default the first half)." if config.gamma_layers is None else ".")
+        )
+    return selected
 
 
 def _matching(field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True) -> list[str]:

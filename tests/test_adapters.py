@@ -207,6 +207,10 @@ def test_wrong_fields(fields, message):
         ({"gamma_modules": ["to_z"]}, "gamma_modules=['to_z']: 'to_z' matches no layer that DiffFit can train."),
         ({"gamma_modules": ["attn1.to_qq"]}, "Did you mean 'attn1.to_q'?"),
         ({"gamma_modules": r"blocks\.9\..*"}, "matches no layer"),
+        (
+            {"gamma_modules": r".*blocks\.3\..*to_q"},
+            "matches layers of the blocks [3], but gamma_layers=None lets γ onto",
+        ),
         ({"target_modules": ["conv_in"]}, "target_modules=['conv_in']"),
         ({"target_modules": [], "gamma_modules": []}, "leave no layer of DiTTransformer2DModel to train"),
         ({"gamma_layers": [0, 4]}, "gamma_layers=[0, 4]: this model has 4 blocks, so indices go from 0 to 3."),
@@ -216,9 +220,11 @@ def test_wrong_fields(fields, message):
 )
 def test_configs_that_do_not_fit_the_model(dit, fields, message, inputs):
     before, expected = state(dit), outputs(dit, inputs)
+    config = DiffFitConfig(**fields)
     with pytest.raises(ValueError) as error:
-        get_peft_model(dit, DiffFitConfig(**fields))
+        get_peft_model(dit, config)
     assert message in str(error.value)
+    assert config == DiffFitConfig(**fields)
     assert_equal(state(dit), before)
     assert torch.equal(outputs(dit, inputs), expected)
 
