@@ -9,11 +9,12 @@ half-precision `DiTPipeline` folder.
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -29,11 +30,10 @@ NULL_CLASS = 1000
 PREVIEW_CLASSES = ["face-smiling", "country-flag", "food-fruit", "animal-mammal", "person-role", "heart"]
 
 
-def load_pixels(*paths: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Images as uint8 (N, 3, 64, 64), labels (N,) and class names of the parquet files together."""
-    dataset = concatenate_datasets([load_dataset("parquet", data_files=str(p), split="train") for p in paths])
-    dataset = dataset.with_format("torch")
-    return torch.stack(list(dataset["image"])), torch.stack(list(dataset["label"])), dataset.features["label"].names
+def load_images(path: Path) -> tuple[Tensor, Dataset]:
+    """Images as uint8 (N, 3, 64, 64), and the dataset of a parquet file."""
+    dataset = load_dataset("parquet", data_files=str(path), split="train")
+    return torch.stack(list(dataset.with_format("torch")["image"])), dataset
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -136,7 +136,10 @@ def new_dit() -> DiTTransformer2DModel:
     ).eval()  # train mode would drop labels in every block apart; they are dropped below, once per sample
 
 
-def train_dit(latents: Tensor, labels: Tensor, scheduler, preview, args: argparse.Namespace) -> DiTTransformer2DModel:
+def train_dit(
+    latents: Tensor, labels: Tensor, weights: Tensor, scheduler, preview, args: argparse.Namespace
+) -> DiTTransformer2DModel:
+    """weights (N,): how often each image is drawn from step `--even_from` on."""
     torch.manual_seed(args.seed)
     dit = new_dit()
     initialise(dit)
@@ -156,7 +159,10 @@ def train_dit(latents: Tensor, labels: Tensor, scheduler, preview, args: argpars
     average = None
     for step in bar:
         generator = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        if step < args.even_from:
+            rows = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        else:
+            rows = torch.multinomial(weights, args.batch_size, replacement=True, generator=generator)
         x_0, y = latents[rows], labels[rows]
         noise = torch.randn(x_0.shape, generator=generator)
         timesteps = torch.randint(1000, y.shape, generator=generator)
@@ -197,18 +203,27 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=HERE / "data")
     parser.add_argument("--output_dir", type=Path, default=HERE / "base")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_base"), help="checkpoints and previews")
-    parser.add_argument("--vae_steps", type=int, default=2500)
-    parser.add_argument("--dit_steps", type=int, default=12000)
+    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--dit_steps", type=int, default=7500)
+    parser.add_argument(
+        "--even_from",
+        type=int,
+        default=4000,
+        help="step from which every emoji is drawn as often as every other, however many skin tones it has",
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT: twice as fast on a CPU")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
-    noto, labels, names = load_pixels(args.data_dir / "noto/train.parquet")
-    twemoji, _, _ = load_pixels(args.data_dir / "twemoji/train.parquet")
+    noto, dataset = load_images(args.data_dir / "noto/train.parquet")
+    twemoji, _ = load_images(args.data_dir / "twemoji/train.parquet")
+    names, variants = dataset.features["label"].names, Counter(dataset["name"])
     vae = train_vae(torch.cat([noto, twemoji]), args)
-    latents, labels = encode(vae, torch.cat([noto, noto.flip(-1)])), labels.repeat(2)
+    latents = encode(vae, torch.cat([noto, noto.flip(-1)]))
+    labels = torch.tensor(dataset["label"]).repeat(2)
+    weights = torch.tensor([1 / variants[name] for name in dataset["name"]]).repeat(2)
 
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     class_labels = [names.index(name) for name in PREVIEW_CLASSES for _ in range(6)]
@@ -219,7 +234,7 @@ def main() -> None:
         ).images
         return make_image_grid(images, len(PREVIEW_CLASSES), 6)
 
-    trained = train_dit(latents, labels, scheduler, preview, args)
+    trained = train_dit(latents, labels, weights, scheduler, preview, args)
     dit = new_dit()  # a plain model again, with its own copy of the embedder in every block
     dit.load_state_dict(trained.state_dict())
     pipe = pipeline(dit, vae, scheduler, names).to(torch.float16)
