@@ -13,7 +13,7 @@ from .layer import DiffFitLayer  # noqa: E402
 from .model import DiffFitModel  # noqa: E402
 
 if PeftType.DIFFFIT not in PEFT_TYPE_TO_CONFIG_MAPPING:
-    register_peft_method(name="difffit", config_cls=DiffFitConfig, model_cls=DiffFitModel, is_mixed_compatible=True)
+    register_peft_method(name="difffit", config_cls=DiffFitConfig, model_cls=DiffFitModel)
 
 __all__ = ["DiffFitConfig", "DiffFitLayer", "DiffFitModel"]
 __version__ = "0.1.0"

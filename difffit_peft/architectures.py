@@ -49,8 +49,8 @@ ARCHITECTURES = {
 
 def architecture_of(model: nn.Module) -> Architecture:
     """The record of `model`'s family. Another model gets γ on all layers of its longest `ModuleList`."""
-    known = ARCHITECTURES.get(type(model).__name__)
-    if known is not None:
-        return known
+    for cls in type(model).__mro__:
+        if cls.__name__ in ARCHITECTURES:
+            return ARCHITECTURES[cls.__name__]
     lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return Architecture(blocks=max(lists, key=lists.__getitem__, default=""))

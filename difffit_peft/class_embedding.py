@@ -14,15 +14,17 @@ class DiffFitEmbedding(DiffFitLayer):
     """δ on rows of a class table: rows 0..K-1, the new domain's classes, and the last row, the null class.
 
     The table keeps its size, so that the null class stays where `DiTPipeline` looks for it. Other rows are the base's.
-    `difffit_delta[name]` has shape (K + 1, channels), the null row last. There is no γ.
+    `difffit_delta[name]` has shape (K + 1, channels), the null row last: what each row differs by from the base's row
+    of the same index. So the rule of `DiffFitLayer` holds for rows too: strength 0 is the base's row, and adapters of
+    strengths 0.8 and 0.2 blend their classes of one index. There is no γ.
     """
 
     def update_layer(self, adapter_name: str, config: DiffFitConfig, gamma: bool = False, delta: bool = True) -> None:
         """Adds an adapter of K = `config.num_classes` classes, or of all the table's.
 
-        Where K is given and `config.init_class_rows` is "null", each class starts from the null row, else from its own.
+        Where K is given and `config.init_class_rows` is "null", each class starts as the null class, else as it was.
         """
-        table, classes = self.get_base_layer().weight.detach(), config.num_classes
+        table, classes = self._base()["weight"], config.num_classes
         shape = (len(table) if classes is None else classes + 1, table.shape[1])
         rows = torch.zeros(shape) if config.init_weights else torch.randn(shape)
         if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
@@ -49,12 +51,12 @@ class DiffFitEmbedding(DiffFitLayer):
         return F.embedding(torch.where(labels < null, labels, null), rows) * trained.unsqueeze(-1)
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
-        table = base["weight"].float().clone()
+        table = base["weight"].to(torch.promote_types(base["weight"].dtype, torch.float32), copy=True)
         for rows in self._rows(adapters):
-            table[: len(rows) - 1] += rows[:-1].detach().float()
-            table[-1] += rows[-1].detach().float()
+            table[: len(rows) - 1] += rows[:-1].detach()
+            table[-1] += rows[-1].detach()
         return {"weight": table}
 
     def _rows(self, adapters: list[str]) -> list[Tensor]:
         """The rows of each adapter, (K + 1, channels), at its strength."""
-        return [self._at_strength(self.difffit_delta, name, 0) for name in adapters if name in self.difffit_delta]
+        return [self._at_strength("difffit_delta", name) for name in adapters if name in self.difffit_delta]

@@ -4,9 +4,10 @@ The paper's DiT has one; Diffusers' has a copy in every block (`AdaLayerNormZero
 for the output layer. Training the copies apart is not DiffFit: it costs 28 times the parameters, lets the copies
 drift, and draws label dropout anew in every block, so that no sample is ever unconditional in all of them.
 
-While shared, the embedder is `transformer.conditioning`. A forward pre-hook evaluates it once and hands the result on
-in the place of `timestep`; what stands in each block returns what it is handed. Nothing is cached, so gradient
-checkpointing, `torch.compile` and FSDP see a plain function of plain inputs.
+While shared, the embedder is `transformer.norm1_emb` (a name that Diffusers' layer-wise casting skips, as it skips
+`norm1.emb`). A forward pre-hook evaluates it once and hands the result on in the place of `timestep`; what stands in
+each block returns what it is handed. Nothing is cached, so gradient checkpointing, `torch.compile` and FSDP see a plain
+function of plain inputs.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class _Handed(nn.Module):
 
 def _evaluate_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     inputs = dict(zip(_FORWARD_PARAMETERS, args, strict=False)) | kwargs
-    dtype = inputs["hidden_states"].dtype
-    embedder = transformer.conditioning
-    inputs["timestep"] = embedder(inputs.get("timestep"), inputs.get("class_labels"), hidden_dtype=dtype)
+    if "hidden_states" in inputs:  # else the call fails as it would without us
+        dtype = inputs["hidden_states"].dtype
+        embedder = transformer.norm1_emb
+        inputs["timestep"] = embedder(inputs.get("timestep"), inputs.get("class_labels"), hidden_dtype=dtype)
     return (), inputs
 
 
@@ -42,7 +44,7 @@ def is_shared(transformer: nn.Module) -> bool:
 
 
 def share(transformer: nn.Module) -> bool:
-    """Moves block 0's embedder to `transformer.conditioning`, in the place of all blocks'. Returns whether it did.
+    """Moves block 0's embedder to `transformer.norm1_emb`, in the place of all blocks'. Returns whether it did.
 
     A transformer whose embedders differ is left alone, with a warning: sharing would change what it computes.
     """
@@ -57,7 +59,7 @@ def share(transformer: nn.Module) -> bool:
             stacklevel=2,
         )
         return False
-    transformer.conditioning = embedders[0]
+    transformer.norm1_emb = embedders[0]
     for block in transformer.transformer_blocks:
         block.norm1.emb = _Handed()
     transformer._difffit_hook = transformer.register_forward_pre_hook(_evaluate_once, with_kwargs=True)
@@ -70,8 +72,8 @@ def unshare(transformer: nn.Module) -> None:
         return
     transformer._difffit_hook.remove()
     del transformer._difffit_hook
-    embedder = transformer.conditioning
-    del transformer.conditioning
+    embedder = transformer.norm1_emb
+    del transformer.norm1_emb
     for index, block in enumerate(transformer.transformer_blocks):
         block.norm1.emb = embedder if index == 0 else copy.deepcopy(embedder)
 

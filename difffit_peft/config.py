@@ -29,7 +29,8 @@ class DiffFitConfig(PeftConfig):
         exclude_modules: layers left alone, named in the same two ways.
         gamma_modules: layers whose output is multiplied by γ, named in the same two ways. `None`: the preset of the
             architecture. `[]`: none.
-        gamma_layers: indices of the blocks whose layers may get γ. `None`: the first half of them.
+        gamma_layers: indices of the blocks whose layers may get γ. `None`: all blocks for `gamma_modules`, and the
+            first half of them for the preset.
         num_classes: number of classes of the new domain, K. Trains rows 0..K-1 of the class table and the null row.
             `None`: every row of the table.
         id2label: names of those classes, `{0: "apple pie", ...}`. Sets `num_classes` and travels with the adapter.
@@ -52,7 +53,7 @@ class DiffFitConfig(PeftConfig):
         default=None, metadata={"help": "Layers whose output gets γ. None: the architecture's preset. []: none."}
     )
     gamma_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: the first half."}
+        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: all; the preset: half."}
     )
     num_classes: int | None = field(
         default=None, metadata={"help": "Classes of the new domain. None: every row of the base's class table."}
@@ -72,15 +73,21 @@ class DiffFitConfig(PeftConfig):
         default=None, metadata={"help": "Shape of the base; filled in when the adapter is attached."}
     )
 
+    # The names of the weights in the file this config was loaded beside, to be checked before a model is changed.
+    _names_in_file = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.DIFFFIT
         for name in ("target_modules", "exclude_modules", "gamma_modules"):
             setattr(self, name, _checked_patterns(name, getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r}: must be a list of module names, or None.")
         if self.gamma_layers is not None:
-            self.gamma_layers = sorted(set(self.gamma_layers))
-            if not all(_is_int(layer) and layer >= 0 for layer in self.gamma_layers):
-                raise ValueError(f"gamma_layers={self.gamma_layers}: block indices are integers from 0 up.")
+            layers = self.gamma_layers
+            if not isinstance(layers, (list, tuple, set)) or not all(_is_int(i) and i >= 0 for i in layers):
+                raise ValueError(f"gamma_layers={layers!r}: must be a list of block indices from 0 up, or None.")
+            self.gamma_layers = sorted(set(layers))
         self._check_classes()
         if self.sample_size is not None and not (_is_int(self.sample_size) and self.sample_size > 0):
             raise ValueError(f"sample_size={self.sample_size!r}: the side of the latents is an integer above 0.")
@@ -100,9 +107,10 @@ class DiffFitConfig(PeftConfig):
             ValueError: if there is no config, or the weights beside it are truncated or not finite.
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights.is_file():
-            check_adapter_file(weights)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        names = check_adapter_file(weights) if weights.is_file() else None
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config._names_in_file = names
+        return config
 
     def _check_classes(self) -> None:
         if self.init_class_rows not in ("null", "base"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 _HUB_CACHE = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?$")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def base_model_id(name_or_path: str) -> tuple[str, str | None]:
@@ -20,24 +21,26 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
     if cached:
         return cached["id"].replace("--", "/"), cached["revision"]
     path = Path(name_or_path)
-    if not path.exists():
+    if _HUB_ID.fullmatch(name_or_path) and not path.exists():
         return name_or_path, None
     path = path.resolve()
     return (path.parent if path.name == "transformer" else path).name, None
 
 
-def check_adapter_file(path: Path) -> None:
-    """Reads an adapter's weights once, before anything is changed for their sake.
+def check_adapter_file(path: Path) -> list[str]:
+    """Reads an adapter's weights once, before anything is changed for their sake, and returns their names.
 
     Raises:
         ValueError: if the file is truncated, no safetensors file, or holds values that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+            names = list(file.keys())
+            broken = [name for name in names if not file.get_tensor(name).isfinite().all()]
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}): save or download the adapter again."
         ) from error
     if broken:
         raise ValueError(f"{path} holds values that are not finite, in {broken[0]}: the training run diverged.")
+    return names

@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -15,11 +16,13 @@ from .config import DiffFitConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm, *_CHANNELS_FIRST_NORMS)
+_NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0}
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether `layer` is a norm with affine parameters: a scale, and maybe a bias, of the shape of a channel."""
-    return "Norm" in type(layer).__name__ and isinstance(getattr(layer, "weight", None), Tensor)
+    """Whether `layer` is a norm with affine parameters: y = weight ⊙ normalised(x) + bias, or without the bias."""
+    return isinstance(layer, _NORMS) and isinstance(layer.weight, Tensor)
 
 
 def is_supported(layer: nn.Module) -> bool:
@@ -36,7 +39,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     parameters, so that a norm needs no layer of its own. Not every layer has both. The base layer is never written
     to, but while merged: then `weight` is γ·weight and `bias` is γ·(bias + δ), and the originals are kept aside.
 
-    Several active adapters i with strengths s_i compose in any order, in the forward pass as in a merge:
+    Several active adapters i with strengths s_i compose in any order, in the forward pass as in a merge, so that an
+    adapter at strength 0 is the base and at 1 itself:
 
         γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i
 
@@ -44,6 +48,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("difffit_gamma", "difffit_delta")
+    cast_input_dtype_enabled = True  # peft's layer-wise casting looks for it; only outputs are touched here
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -68,9 +73,12 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             self.difffit_delta[adapter_name] = nn.Parameter(value)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def set_strength(self, adapter_name: str, strength: float) -> None:
-        """Scales an adapter's effect: 0 is the base, 1 the adapter."""
-        self.strength[adapter_name] = torch.tensor(float(strength))
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Sets an adapter's strength: 0 is the base, 1 the adapter."""
+        if scale == 1:
+            self.strength.pop(adapter_name, None)
+        else:
+            self.strength[adapter_name] = torch.tensor(float(scale))
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.strength.pop(adapter_name, None)
@@ -92,10 +100,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, y: Tensor, x: Tensor, adapter_names: list[str] | None) -> Tensor:
         """γ ⊙ (y + δ) for the base layer's output y at input x."""
         if adapter_names is None:
-            delta, gamma = self.composed_delta(self.active_adapters), self.composed_gamma(self.active_adapters)
+            delta, gamma = (self._composed(kind, self.active_adapters) for kind in ("difffit_delta", "difffit_gamma"))
         else:  # (batch, channels)
-            delta = self._gathered(self.difffit_delta, adapter_names, 0)
-            gamma = self._gathered(self.difffit_gamma, adapter_names, 1)
+            delta, gamma = (self._gathered(kind, adapter_names) for kind in ("difffit_delta", "difffit_gamma"))
         # in the dtype of the activations, so that a half-precision base stays at half the memory
         if delta is not None:
             y = y + self._broadcast(delta.to(y.dtype), y)
@@ -103,30 +110,25 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             y = y * self._broadcast(gamma.to(y.dtype), y)
         return y
 
-    def composed_gamma(self, adapters: list[str]) -> Tensor | None:
-        """γ = Π (1 + s_i (γ_i - 1)), or None where no adapter has one."""
-        gammas = [self._at_strength(self.difffit_gamma, name, 1) for name in adapters if name in self.difffit_gamma]
-        return reduce(torch.mul, gammas) if gammas else None
+    def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
+        """γ = Π (1 + s_i (γ_i - 1)) or δ = Σ s_i δ_i, or None where no adapter has one."""
+        values = [self._at_strength(kind, name) for name in adapters if name in getattr(self, kind)]
+        return reduce(torch.mul if kind == "difffit_gamma" else torch.add, values) if values else None
 
-    def composed_delta(self, adapters: list[str]) -> Tensor | None:
-        """δ = Σ s_i δ_i, or None where no adapter has one."""
-        deltas = [self._at_strength(self.difffit_delta, name, 0) for name in adapters if name in self.difffit_delta]
-        return reduce(torch.add, deltas) if deltas else None
+    def _gathered(self, kind: str, adapter_names: list[str]) -> Tensor | None:
+        """The value of each sample's adapter, (batch, ...), or None where none of them has one."""
+        values = {name: self._at_strength(kind, name) for name in {*adapter_names} if name in getattr(self, kind)}
+        if not values:
+            return None
+        neutral = torch.full_like(next(iter(values.values())), _NEUTRAL[kind])
+        return torch.stack([values.get(name, neutral) for name in adapter_names])
 
-    def _at_strength(self, values: nn.ParameterDict, adapter_name: str, neutral: int) -> Tensor:
-        """neutral + s (value - neutral): nothing of an adapter at s = 0, all of it at s = 1."""
-        value = values[adapter_name]
+    def _at_strength(self, kind: str, adapter_name: str) -> Tensor:
+        """1 + s (γ - 1) or s δ: nothing of an adapter at s = 0, all of it at s = 1."""
+        value = getattr(self, kind)[adapter_name]
         if adapter_name not in self.strength:
             return value
-        return neutral + self.strength[adapter_name] * (value - neutral)
-
-    def _gathered(self, values: nn.ParameterDict, adapter_names: list[str], neutral: int) -> Tensor | None:
-        """The value of each sample's adapter, (batch, ...), or None where none of them has one."""
-        at_strength = {name: self._at_strength(values, name, neutral) for name in {*adapter_names} if name in values}
-        if not at_strength:
-            return None
-        missing = torch.full_like(next(iter(at_strength.values())), neutral)
-        return torch.stack([at_strength.get(name, missing) for name in adapter_names])
+        return _NEUTRAL[kind] + self.strength[adapter_name] * (value - _NEUTRAL[kind])
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -143,63 +145,65 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         """Writes the active adapters, or those named, into the base layer: W' = γW, b' = γ(b + δ).
 
         Raises:
-            ValueError: if the base's weights are quantised, or with `safe_merge` if a merged value is not finite. The
-                layer is then as it was.
+            ValueError: if the base's weights are quantised or sharded, or with `safe_merge` if a merged value is not
+                finite. The layer is then as it was.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self._get_available_adapters()]
-        if not names:
-            return
+        if names:
+            merged = self.check_merge(names, safe_merge)
+            self._unmerged = self._base()
+            self._write(merged)
+            self.merged_adapters = self.merged_adapters + names
+
+    def check_merge(self, names: list[str], safe_merge: bool = False) -> dict[str, Tensor]:
+        """The tensors that merging these adapters would write; raises what `merge` would raise."""
         layer = self.get_base_layer()
-        if not layer.weight.is_floating_point():
+        if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
             raise ValueError(
-                f"Cannot merge into {type(layer).__name__} with weights of {layer.weight.dtype}: "
-                "dequantise the base first, or keep the adapter unmerged."
+                f"Cannot merge into {type(layer).__name__}, whose weights are quantised or sharded "
+                f"({type(layer.weight.data).__name__}, {layer.weight.dtype}): keep the adapter unmerged, or load the "
+                "base in a floating point type first."
             )
-        base = self._unmerged or self._base_tensors(layer)
-        merged = {
-            name: tensor.to(base[name].dtype)
-            for name, tensor in self._merged(base, self.merged_adapters + names).items()
-        }
+        merged = self._merged(self._base(), [*self.merged_adapters, *names])
+        merged = {name: tensor.to(getattr(layer, name).dtype) for name, tensor in merged.items()}
         if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
             raise ValueError(f"Merging {names} gives values that are not finite: the adapter seems to be broken.")
-        self._unmerged = base
-        self._write(layer, merged)
-        self.merged_adapters = self.merged_adapters + names
+        return merged
 
     def unmerge(self) -> None:
         """Puts the base layer's own tensors back, to the last bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._write(self.get_base_layer(), self._unmerged)
+        self._write(self._unmerged)
         self._unmerged, self.merged_adapters = {}, []
 
-    def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
-        """W' = γW, b' = γ(b + δ), in float32."""
+    def _base(self) -> dict[str, Tensor]:
+        """The base layer's own weight and, where it has one, bias, also while adapters are merged."""
         layer = self.get_base_layer()
-        gamma, delta = self.composed_gamma(adapters), self.composed_delta(adapters)
-        merged = {name: tensor.float() for name, tensor in base.items()}
+        tensors = {"weight": layer.weight, "bias": getattr(layer, "bias", None)} | self._unmerged
+        return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+
+    def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
+        """W' = γW, b' = γ(b + δ), in float32 or better; of a layer without γ, b' alone."""
+        layer = self.get_base_layer()
+        gamma, delta = self._composed("difffit_gamma", adapters), self._composed("difffit_delta", adapters)
+        base = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in base.items()}
+        merged = {}
         if delta is not None:
-            merged["bias"] = merged["bias"] + delta.detach().float()
+            merged["bias"] = base["bias"] = base["bias"] + delta.detach()
         if gamma is not None:
-            gamma = gamma.detach().float()
+            gamma = gamma.detach()
             trailing = 0 if is_norm(layer) or isinstance(layer, Conv1D) else layer.weight.dim() - 1
-            merged["weight"] = merged["weight"] * gamma.view(*gamma.shape, *[1] * trailing)
-            if "bias" in merged:
-                merged["bias"] = merged["bias"] * gamma
+            factors = {"weight": gamma.view(*gamma.shape, *[1] * trailing), "bias": gamma}
+            merged = {name: base[name] * factors[name] for name in base}
         return merged
 
-    @staticmethod
-    def _base_tensors(layer: nn.Module) -> dict[str, Tensor]:
-        tensors = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
-        return {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
-
-    @staticmethod
-    def _write(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def _write(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            parameter = getattr(layer, name)
-            parameter.data = tensor.to(parameter.device)
+            parameter = getattr(self.get_base_layer(), name)
+            parameter.data = tensor.to(parameter.device, parameter.dtype)
 
     def _parameter_shape(self) -> tuple[int, ...]:
         layer = self.get_base_layer()

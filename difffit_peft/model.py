@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -51,17 +52,21 @@ class DiffFitModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
         """Checks the config against the model and plans what each layer gets, then makes the model ready for it."""
+        _check_model(model)
         architecture = architecture_of(model)
         facts = self._facts_of_base(peft_config, model, architecture)
         newly_shared = architecture.copied_embedder and conditioning.share(model)
         try:
             self._plan, self._excluded = _plan(peft_config, model, architecture)
+            self._check_names_in_file(peft_config)
             if "sample_size" in facts:
                 resolution.set_sample_size(model, facts["sample_size"])
         except Exception:
             if newly_shared:
                 conditioning.unshare(model)
             raise
+        if peft_config.target_modules == "all-linear":  # peft would look for them among the layers wrapped by now
+            facts["target_modules"] = sorted(name for name in self._plan if self._plan[name]["delta"])
         for name, value in facts.items():
             setattr(peft_config, name, value)
 
@@ -98,6 +103,19 @@ class DiffFitModel(BaseTuner):
             facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
         return facts
 
+    def _check_names_in_file(self, config: DiffFitConfig) -> None:
+        """Refuses a file whose weights are not those of the plan."""
+        if config._names_in_file is None:
+            return
+        planned = {
+            f"{layer}.{self.prefix}{kind}"
+            for layer, kinds in self._plan.items()
+            for kind, wanted in kinds.items()
+            if wanted
+        }
+        found = {n.removeprefix("base_model.model.") for n in config._names_in_file if f".{self.prefix}" in n}
+        _check_names(planned, found)
+
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
         # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
         return _ExcludedModule() if key in self._excluded else key in self._plan
@@ -126,16 +144,9 @@ class DiffFitModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # peft 0.21 leaves weights that the file lacks at their initial values, and ignores those it has too many
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            n: p for n, p in model.named_parameters() if f".{cls.prefix}" in n and n.endswith(f".{adapter_name}")
-        }
-        missing = [name for name in expected if name not in remapped]
-        unknown = [name for name in remapped if f".{cls.prefix}" in name and name not in expected]
-        if missing or unknown:
-            raise ValueError(
-                f"The weights do not fit the adapter {adapter_name!r}: {len(missing)} are missing and {len(unknown)} "
-                f"belong to no layer of it, for instance {(missing + unknown)[0]}. Is the file from another config?"
-            )
+        names = [name for name, _ in model.named_parameters() if f".{cls.prefix}" in name]
+        expected = {name for name in names if name.endswith(f".{adapter_name}")}
+        _check_names(expected, {name for name in remapped if f".{cls.prefix}" in name})
         return remapped
 
     def set_scale(self, adapter_name: str, strength: float) -> None:
@@ -153,11 +164,10 @@ class DiffFitModel(BaseTuner):
             )
         if not math.isfinite(strength):
             raise ValueError(f"strength={strength}: must be a finite number.")
-        layers = [module for module in self.modules() if isinstance(module, DiffFitLayer)]
-        if any(adapter_name in layer.merged_adapters for layer in layers):
+        if any(adapter_name in layer.merged_adapters for layer in self._difffit_layers()):
             raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
-        for layer in layers:
-            layer.set_strength(adapter_name, strength)
+        for layer in self._difffit_layers():
+            layer.set_scale(adapter_name, strength)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -186,12 +196,75 @@ class DiffFitModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges into every layer or, if one of them cannot be merged, into none."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for layer in self._difffit_layers():
+            names = set(self.active_adapters if adapter_names is None else adapter_names)
+            names &= {*layer.difffit_gamma, *layer.difffit_delta} - {*layer.merged_adapters}
+            if names:
+                layer.check_merge(sorted(names), safe_merge)
+
+    def _difffit_layers(self) -> list[DiffFitLayer]:
+        return [module for module in self.modules() if isinstance(module, DiffFitLayer)]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter. If it was the active one, another becomes active, the same in every layer."""
+        super().delete_adapter(adapter_name)
+        if self.active_adapter:
+            self.set_adapter(self.active_adapter)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        else:
+            for layer in self._difffit_layers():
+                if layer.merged:
+                    layer.unmerge()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if architecture_of(model).copied_embedder:
-            resolution.set_sample_size(model, resolution.base_sample_size(model))
+            base_sample_size = resolution.base_sample_size(model)
+            if not merge:
+                resolution.set_sample_size(model, base_sample_size)
+            elif model.config.sample_size != base_sample_size:
+                warnings.warn(
+                    f"The merged model works at sample_size={model.config.sample_size} in memory, but Diffusers does "
+                    f"not store that its positions are those of {base_sample_size}: saved and loaded again it would "
+                    "compute others. Keep the adapter unmerged on disk.",
+                    stacklevel=3,
+                )
             conditioning.unshare(model)
         return model
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuses models whose layers are not what they seem."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model is compiled: attach the adapter first, and compile what get_peft_model returns.")
+    other = next(
+        (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DiffFitLayer)), None
+    )
+    if other is not None:
+        raise ValueError(
+            f"The model already has adapters of another method ({type(other).__module__}): merge or unload them first."
+        )
+
+
+def _check_names(expected: set[str], found: set[str]) -> None:
+    if expected != found:
+        raise ValueError(
+            f"The file's weights do not fit its config: {len(expected - found)} are missing and "
+            f"{len(found - expected)} belong to no layer, for instance {min(expected ^ found)}."
+        )
 
 
 def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> tuple[_Plan, set[str]]:
@@ -203,7 +276,7 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     layers, table = _layers(model, architecture)
     names = [*layers, *table]
     excluded = set(_matching("exclude_modules", config.exclude_modules, names, required=False))
-    excluded |= {n for n in names for m in config.modules_to_save or () if re.match(rf"(^|.*\.){m}($|\..*)", n)}
+    excluded |= _saved_whole(config, model, names)
 
     if config.target_modules is None:
         targets = set(names)
@@ -242,16 +315,29 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     return plan, excluded
 
 
+def _saved_whole(config: DiffFitConfig, model: nn.Module, names: list[str]) -> set[str]:
+    """The layers among `names` that are, or lie in, a module of `modules_to_save`."""
+    modules = [name for name, _ in model.named_modules()]
+    saved: set[str] = set()
+    for ending in config.modules_to_save or ():
+        matching = tuple(name for name in modules if name.endswith(ending))  # as peft matches them
+        if not matching:
+            raise ValueError(f"modules_to_save: {ending!r} names no module of the model.{nearest(ending, modules)}")
+        saved |= {name for name in names if name in matching or name.startswith(tuple(f"{m}." for m in matching))}
+    return saved
+
+
 def _layers(model: nn.Module, architecture: Architecture) -> tuple[dict[str, nn.Module], dict[str, nn.Embedding]]:
     """The layers γ and δ can be put on, and the class table, by the names they have without adapters."""
     layers: dict[str, nn.Module] = {}
     table: dict[str, nn.Embedding] = {}
-    closed: tuple[str, ...] = ()  # what is inside adapter layers, and what nn.MultiheadAttention uses without calling
+    # what is inside adapter layers and other adapters' modules_to_save, and what MultiheadAttention uses without a call
+    closed: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(closed or "\0"):
             continue
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if base is not module or isinstance(module, nn.MultiheadAttention):
+        if base is not module or isinstance(module, (nn.MultiheadAttention, AuxiliaryTrainingWrapper)):
             closed += (f"{name}.",)
         if is_supported(base):
             layers[name] = base
@@ -270,7 +356,8 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     }
     num_blocks = max(block_of.values(), default=-1) + 1
     if config.gamma_layers is None:
-        blocks = set(range(num_blocks // 2)) if num_blocks > 1 else {0}
+        half = num_blocks // 2 if config.gamma_modules is None and num_blocks > 1 else num_blocks
+        blocks = set(range(half))
     else:
         blocks = set(config.gamma_layers)
         if blocks - set(range(num_blocks)):
@@ -289,12 +376,11 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
             and (not is_norm(layer) if endings is None else name.endswith(tuple(f".{end}" for end in endings)))
         ]
     selected = {name for name in matching if block_of.get(name) in {None, *blocks}}
-    if matching and not selected:
+    if config.gamma_modules and config.gamma_layers and not selected:
         found = sorted({block_of[name] for name in matching})
         raise ValueError(
             f"gamma_modules={config.gamma_modules!r} matches layers of the blocks {found}, but "
-            f"gamma_layers={config.gamma_layers} lets γ onto {sorted(blocks)} alone"
-            + (" (by default the first half)." if config.gamma_layers is None else ".")
+            f"gamma_layers={config.gamma_layers} lets γ onto {sorted(blocks)} alone."
         )
     return selected
 

@@ -13,7 +13,9 @@ from torch import nn
 
 def base_sample_size(transformer: nn.Module) -> int:
     """The latent side the transformer was trained at, whatever it has been moved to."""
-    return transformer.pos_embed.base_size * transformer.config.patch_size
+    embed = transformer.pos_embed
+    moved = embed.height != embed.base_size
+    return embed.base_size * transformer.config.patch_size if moved else transformer.config.sample_size
 
 
 def set_sample_size(transformer: nn.Module, sample_size: int) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import make_dit, make_inputs, make_pipeline, randomise
 from diffusers import DiTPipeline, DiTTransformer2DModel
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import PeftType
 from safetensors.torch import load_file, save_file
 
 import difffit_peft
-from difffit_peft import DiffFitConfig
+from difffit_peft import DiffFitConfig, DiffFitLayer
 from difffit_peft.hub import base_model_id
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
@@ -93,6 +93,7 @@ def test_a_local_path_is_never_published(tmp_path):
     (tmp_path / "my-base" / "transformer").mkdir(parents=True)
     assert base_model_id(str(tmp_path / "my-base" / "transformer")) == ("my-base", None)
     assert base_model_id(str(tmp_path / "my-base")) == ("my-base", None)
+    assert base_model_id(str(tmp_path / "deleted" / "transformer")) == ("deleted", None)
     assert base_model_id("facebook/DiT-XL-2-256") == ("facebook/DiT-XL-2-256", None)
 
 
@@ -188,7 +189,10 @@ def test_models_without_a_preset():
         ({"id2label": ["fox"]}, "must be a dict"),
         ({"id2label": {0: 1}}, "names of classes must be strings"),
         ({"init_class_rows": "bases"}, "must be 'null' or 'base'. Did you mean 'base'?"),
-        ({"gamma_layers": [-1]}, "block indices are integers from 0 up"),
+        ({"gamma_layers": [-1]}, "gamma_layers=[-1]: must be a list of block indices from 0 up"),
+        ({"gamma_layers": 2}, "gamma_layers=2: must be a list of block indices"),
+        ({"gamma_layers": ["0", 1]}, "must be a list of block indices"),
+        ({"modules_to_save": "proj_out_2"}, "must be a list of module names"),
         ({"gamma_modules": "("}, "is not a regular expression"),
         ({"target_modules": [1]}, "must be a list of module names"),
         ({"sample_size": 0}, "sample_size=0: the side of the latents is an integer above 0"),
@@ -208,9 +212,10 @@ def test_wrong_fields(fields, message):
         ({"gamma_modules": ["attn1.to_qq"]}, "Did you mean 'attn1.to_q'?"),
         ({"gamma_modules": r"blocks\.9\..*"}, "matches no layer"),
         (
-            {"gamma_modules": r".*blocks\.3\..*to_q"},
-            "matches layers of the blocks [3], but gamma_layers=None lets γ onto",
+            {"gamma_modules": r".*blocks\.3\..*to_q", "gamma_layers": [0]},
+            "matches layers of the blocks [3], but gamma_layers=[0] lets γ onto [0] alone",
         ),
+        ({"modules_to_save": ["proj_out_3"]}, "'proj_out_3' names no module of the model. Did you mean 'proj_out_2'?"),
         ({"target_modules": ["conv_in"]}, "target_modules=['conv_in']"),
         ({"target_modules": [], "gamma_modules": []}, "leave no layer of DiTTransformer2DModel to train"),
         ({"gamma_layers": [0, 4]}, "gamma_layers=[0, 4]: this model has 4 blocks, so indices go from 0 to 3."),
@@ -275,8 +280,14 @@ def test_a_file_that_lacks_weights_is_refused(adapter, dit):
     weights = load_file(path)
     weights.pop(next(iter(weights)))
     save_file(weights, path)
+    before = state(dit)
     with pytest.raises(ValueError, match="1 are missing and 0 belong to no layer"):
         PeftModel.from_pretrained(dit, adapter)
+    assert_equal(state(dit), before)
+    assert not hasattr(dit, "peft_config")
+    model = get_peft_model(dit, DiffFitConfig(id2label=LABELS))
+    with pytest.raises(ValueError, match="1 are missing"):  # weights given by hand
+        set_peft_model_state_dict(model, weights)
 
 
 def test_adapters_for_two_sizes_do_not_share_a_model(dit):
@@ -364,10 +375,9 @@ def test_strength(three_adapters, inputs):
     blended = outputs(model, inputs)
     layer = model.base_model.model.transformer_blocks[0].attn1.to_q
     gamma = (1 - 0.5 * (layer.difffit_gamma["a"] - 1)) * (1 + 1.5 * (layer.difffit_gamma["b"] - 1))
-    torch.testing.assert_close(layer.composed_gamma(["a", "b"]), gamma)
-    torch.testing.assert_close(
-        layer.composed_delta(["a", "b"]), -0.5 * layer.difffit_delta["a"] + 1.5 * layer.difffit_delta["b"]
-    )
+    delta = -0.5 * layer.difffit_delta["a"] + 1.5 * layer.difffit_delta["b"]
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(layer(x), gamma * (layer.base_layer(x) + delta))
     model.merge_adapter()
     torch.testing.assert_close(outputs(model, inputs), blended, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="'a' is merged"):
@@ -381,3 +391,111 @@ def test_strength(three_adapters, inputs):
 def test_wrong_strength(three_adapters, arguments, message):
     with pytest.raises(ValueError, match=message):
         three_adapters.set_scale(*arguments)
+
+
+def test_merged_adapters_and_adapter_names_exclude_each_other(three_adapters, inputs):
+    three_adapters.merge_adapter(["a"])
+    with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter`"):
+        three_adapters(**inputs, adapter_names=["b"] * 5)
+    three_adapters.unmerge_adapter()
+    with pytest.raises(ValueError, match="training mode"):
+        three_adapters.train()(**inputs, adapter_names=["b"] * 5)
+
+
+def test_modules_to_save_of_one_adapter_are_closed_to_the_next(inputs, tmp_path):
+    model = get_peft_model(make_dit(), DiffFitConfig(modules_to_save=["proj_out_2"]), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig())
+    assert not any("proj_out_2" in name and name.endswith(".b") for name, _ in model.named_parameters())
+    randomise(model, "b")
+    model.set_adapter("b")
+    expected = outputs(model, inputs)
+    model.save_pretrained(tmp_path, selected_adapters=["b"], save_embedding_layers=False)
+    config = PeftConfig.from_pretrained(tmp_path / "b")
+    config.exclude_modules = ["proj_out_2"]
+    loaded = PeftModel.from_pretrained(make_dit(), tmp_path / "b", config=config)
+    assert torch.equal(outputs(loaded, inputs), expected)
+
+
+def test_all_linear_on_a_second_adapter_loads_again(inputs, tmp_path):
+    model = get_peft_model(make_dit(), DiffFitConfig(), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig(target_modules="all-linear"))
+    randomise(model, "b")
+    model.set_adapter("b")
+    model.save_pretrained(tmp_path, selected_adapters=["b"], save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(make_dit(), tmp_path / "b")
+    assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+
+
+def test_deleting_the_active_adapter_leaves_the_same_one_active_everywhere(three_adapters):
+    three_adapters.add_adapter("only_q", DiffFitConfig(target_modules=["to_q"]))
+    three_adapters.set_adapter("a")
+    with pytest.warns(UserWarning, match="which is now deleted"):
+        three_adapters.delete_adapter("a")
+    layers = [module for module in three_adapters.modules() if isinstance(module, DiffFitLayer)]
+    assert {tuple(layer.active_adapters) for layer in layers} == {tuple(three_adapters.active_adapters)}
+
+
+def test_a_merge_that_fails_changes_nothing(three_adapters, inputs):
+    model = three_adapters
+    expected = outputs(model, inputs)
+    model.base_model.model.proj_out_1.difffit_delta["a"].data[0] = float("nan")
+    before = state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="not finite"):
+            merge(safe_merge=True)
+        assert all(
+            torch.equal(a, b) for a, b in zip(state(model).values(), before.values(), strict=True) if a.isfinite().all()
+        )
+    model.base_model.model.proj_out_1.difffit_delta["a"].data[0] = 0
+    assert outputs(model, inputs).shape == expected.shape
+
+
+def test_unloading_a_merged_model_gives_the_base(three_adapters):
+    before = state(make_dit())
+    three_adapters.merge_adapter(["a", "b"])
+    assert_equal(state(three_adapters.unload()), before)
+
+
+def test_a_base_cast_while_merged_unmerges_in_its_new_type(three_adapters):
+    three_adapters.merge_adapter(["a"])
+    three_adapters.to(torch.bfloat16)
+    three_adapters.unmerge_adapter()
+    assert_equal(state(three_adapters.unload()), state(make_dit().to(torch.bfloat16)))
+
+
+def test_merging_a_larger_size_keeps_it_and_says_what_saving_loses():
+    model = get_peft_model(make_dit(), DiffFitConfig(sample_size=16))
+    randomise(model)
+    wide = make_inputs(side=16)
+    expected = outputs(model, wide)
+    with pytest.warns(UserWarning, match="works at sample_size=16 in memory"):
+        merged = model.merge_and_unload()
+    assert merged.config.sample_size == 16
+    torch.testing.assert_close(outputs(merged, wide), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_another_methods_adapters_is_refused(dit):
+    inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), dit)
+    with pytest.raises(ValueError, match="already has adapters of another method"):
+        get_peft_model(dit, DiffFitConfig())
+
+
+def test_a_compiled_model_is_refused(dit):
+    with pytest.raises(ValueError, match="attach the adapter first"):
+        get_peft_model(torch.compile(dit), DiffFitConfig())
+
+
+def test_a_subclass_is_known_by_its_parent(dit):
+    dit.__class__ = type("MyDiT", (DiTTransformer2DModel,), {})
+    names = [name for name, p in get_peft_model(dit, DiffFitConfig()).named_parameters() if p.requires_grad]
+    assert sum("class_embedder" in name for name in names) == 1
+
+
+def test_quantised_weights_are_not_merged_into():
+    layer = DiffFitLayer(torch.nn.Linear(4, 4))
+    layer.update_layer("a", DiffFitConfig(), gamma=True, delta=True)
+    layer.set_adapter("a")
+    layer.base_layer.weight.requires_grad_(False)
+    layer.base_layer.weight.data = layer.base_layer.weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match="quantised or sharded"):
+        layer.merge()
