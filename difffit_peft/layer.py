@@ -99,10 +99,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def _adapt(self, y: Tensor, x: Tensor, adapter_names: list[str] | None) -> Tensor:
         """γ ⊙ (y + δ) for the base layer's output y at input x."""
-        if adapter_names is None:
-            delta, gamma = (self._composed(kind, self.active_adapters) for kind in ("difffit_delta", "difffit_gamma"))
-        else:  # (batch, channels)
-            delta, gamma = (self._gathered(kind, adapter_names) for kind in ("difffit_delta", "difffit_gamma"))
+        combine = self._composed if adapter_names is None else self._gathered
+        names = self.active_adapters if adapter_names is None else adapter_names
+        delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
         # in the dtype of the activations, so that a half-precision base stays at half the memory
         if delta is not None:
             y = y + self._broadcast(delta.to(y.dtype), y)

@@ -310,6 +310,14 @@ def test_positional_and_keyword_calls_agree(dit, inputs):
         assert torch.equal(model(*inputs.values(), return_dict=False)[0], expected)
 
 
+def test_the_graph_has_no_break(dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3))
+    randomise(model)
+    expected = outputs(model, inputs)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(outputs(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_embedders_that_differ_are_left_alone(dit, inputs):
     dit.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight.data[3] += 1
     expected = outputs(dit, inputs)
