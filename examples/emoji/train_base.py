@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=HERE / "base")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_base"), help="checkpoints and previews")
     parser.add_argument("--vae_steps", type=int, default=2400)
-    parser.add_argument("--dit_steps", type=int, default=7500)
+    parser.add_argument("--dit_steps", type=int, default=8500)
     parser.add_argument(
         "--even_from",
         type=int,
