@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
@@ -298,10 +299,13 @@ def main(args: argparse.Namespace) -> Result:
     validate(total_steps)
 
     accelerator.wait_for_everyone()
-    with averaged_weights(ema, parameters):
-        pipe.transformer.save_pretrained(
-            args.output_dir, is_main_process=accelerator.is_main_process, save_embedding_layers=False
-        )
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        with averaged_weights(ema, parameters), TemporaryDirectory(dir=args.output_dir) as partial:
+            pipe.transformer.save_pretrained(partial, save_embedding_layers=False)
+            for file in Path(partial).iterdir():  # each file appears whole or not at all
+                file.replace(args.output_dir / file.name)
+    accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
     result = Result(
         output_dir=args.output_dir,

@@ -128,14 +128,14 @@ def frechet_distance(features: Features, real: Tensor, images: Tensor) -> float:
 def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
     """A labelled grid of pictures, one row per entry."""
     figure, axes = plt.subplots(len(rows), len(names), figsize=(1.1 * len(names), 1.25 * len(rows)), dpi=130)
-    for (title, images), line in zip(rows.items(), axes, strict=True):
-        for image, name, axis in zip(images, names, line, strict=True):
+    for row, (title, images) in enumerate(rows.items()):
+        for image, name, axis in zip(images, names, axes[row], strict=True):
             axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
             axis.set_xticks([]), axis.set_yticks([])
             axis.spines[:].set_visible(False)
-            if line is axes[0]:
+            if row == 0:
                 axis.set_title(name, fontsize=7)
-        line[0].set_ylabel(title, fontsize=8)
+        axes[row, 0].set_ylabel(title, fontsize=8)
     figure.tight_layout(pad=0.3)
     partial = path.with_suffix(".partial")
     figure.savefig(partial, format="png")
@@ -187,7 +187,7 @@ def main() -> None:
 
     picture = args.output_dir / "before_after.png"
     real = torch.stack([train[train_labels == label][0] for label in shown])
-    draw({"base": before, "DiffFit": after, "real Twemoji": real}, SHOWN, picture)
+    draw({"base": before[: len(shown)], "DiffFit": after[: len(shown)], "real Twemoji": real}, SHOWN, picture)
 
     torch.manual_seed(0)
     styles = torch.cat([torch.zeros(len(noto)), torch.ones(len(train))]).long()
