@@ -107,6 +107,14 @@ def test_stock_pipeline_takes_the_adapter(adapter):
         assert torch.equal(images(pipe), before)
 
 
+def test_a_bf16_pipeline_samples(adapter):
+    pipe = make_pipeline().to(torch.bfloat16)
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
+    assert {p.dtype for name, p in pipe.transformer.named_parameters() if "difffit" in name} == {torch.float32}
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert images(pipe).isfinite().all()
+
+
 def test_a_merged_model_is_plain_diffusers(adapter, tmp_path):
     pipe = make_pipeline()
     keys = list(pipe.transformer.state_dict())
