@@ -96,6 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--adam_beta2", type=float, default=0.999)
     train.add_argument("--adam_weight_decay", type=float, default=0.0)
     train.add_argument("--adam_epsilon", type=float, default=1e-8)
+    train.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is recommended")
     train.add_argument("--max_grad_norm", type=float, default=1.0)
     train.add_argument("--use_ema", action=switch, default=True, help="save and show averaged weights")
     train.add_argument("--ema_decay", type=float, default=0.9999, help="reached slowly: a short run averages less")
@@ -268,7 +269,7 @@ def main(args: argparse.Namespace) -> Result:
             timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, labels.shape, device=x_0.device)
             x_t = noise_scheduler.add_noise(x_0, noise, timesteps)
             output = model(x_t, timestep=timesteps, class_labels=labels).sample
-            loss = diffusion_loss(output, x_0, noise, timesteps, noise_scheduler).mean()
+            loss = diffusion_loss(output, x_0, noise, timesteps, noise_scheduler, args.snr_gamma).mean()
             micro_losses.append(loss.item())
             if not math.isfinite(micro_losses[-1]):
                 raise RuntimeError(

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 # Published DiTs treat a latent like an image of 8 bits a channel when they score the last denoising step.
@@ -23,6 +24,7 @@ def diffusion_loss(
     noise: Tensor,
     timesteps: Tensor,
     scheduler: SchedulerMixin,
+    snr_gamma: float | None = None,
 ) -> Tensor:
     """The training loss of every sample.
 
@@ -34,6 +36,8 @@ def diffusion_loss(
         timesteps: the step of each sample.
         scheduler: a Diffusers scheduler with `betas`, `alphas_cumprod` and `config.prediction_type` ("epsilon" or
             "v_prediction").
+        snr_gamma: weight samples by min(SNR, snr_gamma) / SNR (for v-prediction / (SNR + 1)): Hang et al. 2023,
+            arXiv 2303.09556, where 5 is recommended. `None`: no weighting.
 
     Returns:
         Shape (batch,), float32: the MSE of the prediction plus, with learned variance, the VLB term in bits per
@@ -55,10 +59,13 @@ def diffusion_loss(
     prediction = model_output[:, :channels]
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, timesteps)
     loss = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
-    if model_output.shape[1] == channels:
-        return loss
-    x_t = scheduler.add_noise(x_0, noise, timesteps)
-    return loss + vlb_loss(prediction.detach(), model_output[:, channels:], x_0, x_t, timesteps, scheduler)
+    if model_output.shape[1] == 2 * channels:
+        x_t = scheduler.add_noise(x_0, noise, timesteps)
+        loss = loss + vlb_loss(prediction.detach(), model_output[:, channels:], x_0, x_t, timesteps, scheduler)
+    if snr_gamma is not None:
+        snr = compute_snr(scheduler, timesteps)
+        loss = loss * snr.clamp(max=snr_gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    return loss
 
 
 def vlb_loss(

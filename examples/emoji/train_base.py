@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from datasets import Dataset, load_dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -170,9 +170,7 @@ def train_dit(
         x_t = scheduler.add_noise(x_0, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             output = forward(x_t, timestep=timesteps, class_labels=y).sample
-        # Min-SNR weighting (Hang et al. 2023, gamma = 5) converges in a third of the steps
-        weight = (5 / compute_snr(scheduler, timesteps)).clamp(max=1)
-        loss = (weight * diffusion_loss(output, x_0, noise, timesteps, scheduler)).mean()
+        loss = diffusion_loss(output, x_0, noise, timesteps, scheduler, snr_gamma=5).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
