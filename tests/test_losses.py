@@ -140,6 +140,18 @@ def test_half_precision_output_is_scored_in_single(arrays):
     assert torch.equal(loss, diffusion_loss(output.float(), *inputs))
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights(arrays, prediction_type):
+    x_0, noise, output = (tensor(arrays[name]) for name in ("x_0", "noise", "prediction"))
+    timesteps, plan = torch.from_numpy(TIMESTEPS), scheduler(prediction_type)
+    snr = (ALPHAS_CUMPROD / (1 - ALPHAS_CUMPROD))[TIMESTEPS]
+    weight = np.minimum(snr, 5) / (snr if prediction_type == "epsilon" else snr + 1)
+    assert weight.min() < 0.9 * weight.max()
+    plain = diffusion_loss(output, x_0, noise, timesteps, plan)
+    weighted = diffusion_loss(output, x_0, noise, timesteps, plan, snr_gamma=5)
+    np.testing.assert_allclose(weighted, plain * tensor(weight), rtol=1e-4)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 8])
 def test_refuses_other_channels(channels):
     x_0 = torch.zeros(SHAPE)
