@@ -142,8 +142,8 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--max_train_steps", type=int, default=400)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--max_train_steps", type=int, default=600)
+    parser.add_argument("--learning_rate", type=float, default=8e-3)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     args = parser.parse_args()
