@@ -211,12 +211,6 @@ class DiffFitModel(BaseTuner):
     def _difffit_layers(self) -> list[DiffFitLayer]:
         return [module for module in self.modules() if isinstance(module, DiffFitLayer)]
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter. If it was the active one, another becomes active, the same in every layer."""
-        super().delete_adapter(adapter_name)
-        if self.active_adapter:
-            self.set_adapter(self.active_adapter)
-
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,

@@ -434,15 +434,6 @@ def test_all_linear_on_a_second_adapter_loads_again(inputs, tmp_path):
     assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
 
 
-def test_deleting_the_active_adapter_leaves_the_same_one_active_everywhere(three_adapters):
-    three_adapters.add_adapter("only_q", DiffFitConfig(target_modules=["to_q"]))
-    three_adapters.set_adapter("a")
-    with pytest.warns(UserWarning, match="which is now deleted"):
-        three_adapters.delete_adapter("a")
-    layers = [module for module in three_adapters.modules() if isinstance(module, DiffFitLayer)]
-    assert {tuple(layer.active_adapters) for layer in layers} == {tuple(three_adapters.active_adapters)}
-
-
 def test_a_merge_that_fails_changes_nothing(three_adapters, inputs):
     model = three_adapters
     expected = outputs(model, inputs)
