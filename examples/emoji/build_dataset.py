@@ -39,7 +39,7 @@ def npm_package(name: str, cache_dir: Path) -> tarfile.TarFile:
 
 
 def on_white(png: bytes) -> bytes:
-    """RGBA artwork composited on white, as lossless WebP (half the size of PNG)."""
+    """RGBA artwork composited on white, as lossless WebP."""
     image = PILImage.open(io.BytesIO(png)).convert("RGBA")
     image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()

@@ -211,7 +211,7 @@ def main() -> None:
     )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT: twice as fast on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
