@@ -31,6 +31,16 @@ class DiffFitEmbedding(DiffFitLayer):
             rows[:-1] = table[-1].float() - table[:classes].float()
         self.difffit_delta[adapter_name] = nn.Parameter(rows)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_scale(adapter_name, 1)
+
+    def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
+        if adapter_name not in self.difffit_delta:
+            return
+        blended = self.difffit_delta[adapter_name].data.zero_()
+        for name in weights.keys() & self.difffit_delta.keys():
+            rows = weights[name] * self.difffit_delta[name].data
+            blended[: len(rows) - 1] += rows[:-1]
+            blended[-1] += rows[-1]
 
     def _adapt(self, y: Tensor, labels: Tensor, adapter_names: list[str] | None) -> Tensor:
         """y + δ of the labels: y has shape (batch, channels), labels (batch,)."""

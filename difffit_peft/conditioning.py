@@ -33,9 +33,10 @@ class _Handed(nn.Module):
 def _evaluate_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     inputs = dict(zip(_FORWARD_PARAMETERS, args, strict=False)) | kwargs
     if "hidden_states" in inputs:  # else the call fails as it would without us
-        dtype = inputs["hidden_states"].dtype
-        embedder = transformer.norm1_emb
-        inputs["timestep"] = embedder(inputs.get("timestep"), inputs.get("class_labels"), hidden_dtype=dtype)
+        embedder, x = transformer.norm1_emb, inputs["hidden_states"]
+        if any(p.device != x.device and not p.is_meta for p in embedder.parameters()):
+            embedder.to(x.device)  # offloading moves weights in a wrapper of `forward`, which runs after this hook
+        inputs["timestep"] = embedder(inputs.get("timestep"), inputs.get("class_labels"), hidden_dtype=x.dtype)
     return (), inputs
 
 
@@ -82,5 +83,14 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     """Whether two modules hold the same values. Tensors without values, on the meta device, count as equal."""
     if first is second:
         return True
-    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    return all(a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b)) for a, b in pairs)
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(name == other and _equal_values(a, b) for (name, a), (other, b) in pairs)
+
+
+def _equal_values(a: Any, b: Any) -> bool:
+    if hasattr(a, "__tensor_flatten__"):  # a quantised or sharded tensor is made of plain ones
+        names, _ = a.__tensor_flatten__()
+        return type(a) is type(b) and all(_equal_values(getattr(a, name), getattr(b, name)) for name in names)
+    if not isinstance(a, torch.Tensor):  # what quantised layers keep beside their tensors
+        return a == b
+    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b))

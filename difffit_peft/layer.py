@@ -56,7 +56,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(self.get_base_layer())
         self.difffit_gamma = nn.ParameterDict()
         self.difffit_delta = nn.ParameterDict()
-        self.strength: dict[str, Tensor] = {}  # 0-dim, for adapters whose strength is not 1
+        self.strength: dict[str, Tensor] = {}  # 0-dim, one per adapter
+        self._scaled: set[str] = set()  # the adapters whose strength is not 1
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -72,16 +73,23 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             value = torch.zeros(shape) if config.init_weights else torch.randn(shape)
             self.difffit_delta[adapter_name] = nn.Parameter(value)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_scale(adapter_name, 1)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Sets an adapter's strength: 0 is the base, 1 the adapter."""
-        if scale == 1:
-            self.strength.pop(adapter_name, None)
-        else:
-            self.strength[adapter_name] = torch.tensor(float(scale))
+        """Sets an adapter's strength, in place: 0 is the base, 1 the adapter."""
+        self.strength.setdefault(adapter_name, torch.tensor(1.0, device="cpu")).fill_(scale)
+        (self._scaled.discard if scale == 1 else self._scaled.add)(adapter_name)
+
+    def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
+        """Gives an adapter the values that other adapters have together at these strengths."""
+        for kind in self.adapter_layer_names:
+            values = [_at(kind, getattr(self, kind)[n], w) for n, w in weights.items() if n in getattr(self, kind)]
+            if values:
+                getattr(self, kind)[adapter_name].data.copy_(_compose(kind, values))
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.strength.pop(adapter_name, None)
+        self._scaled.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
@@ -112,7 +120,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
         """γ = Π (1 + s_i (γ_i - 1)) or δ = Σ s_i δ_i, or None where no adapter has one."""
         values = [self._at_strength(kind, name) for name in adapters if name in getattr(self, kind)]
-        return reduce(torch.mul if kind == "difffit_gamma" else torch.add, values) if values else None
+        return _compose(kind, values) if values else None
 
     def _gathered(self, kind: str, adapter_names: list[str]) -> Tensor | None:
         """The value of each sample's adapter, (batch, ...), or None where none of them has one."""
@@ -123,11 +131,12 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         return torch.stack([values.get(name, neutral) for name in adapter_names])
 
     def _at_strength(self, kind: str, adapter_name: str) -> Tensor:
-        """1 + s (γ - 1) or s δ: nothing of an adapter at s = 0, all of it at s = 1."""
+        """γ or δ of an adapter at its strength."""
         value = getattr(self, kind)[adapter_name]
-        if adapter_name not in self.strength:
+        # compiled code always multiplies, so that no change of strength compiles it anew
+        if not torch.compiler.is_compiling() and adapter_name not in self._scaled:
             return value
-        return _NEUTRAL[kind] + self.strength[adapter_name] * (value - _NEUTRAL[kind])
+        return _at(kind, value, self.strength[adapter_name])
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -223,6 +232,16 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)
+
+
+def _at(kind: str, value: Tensor, strength: Tensor | float) -> Tensor:
+    """1 + s (γ - 1) or s δ: nothing of an adapter at s = 0, all of it at s = 1."""
+    return _NEUTRAL[kind] + strength * (value - _NEUTRAL[kind])
+
+
+def _compose(kind: str, values: list[Tensor]) -> Tensor:
+    """The product of γ, the sum of δ."""
+    return reduce(torch.mul if kind == "difffit_gamma" else torch.add, values)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -51,70 +53,8 @@ class DiffFitModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
-        """Checks the config against the model and plans what each layer gets, then makes the model ready for it."""
         _check_model(model)
-        architecture = architecture_of(model)
-        facts = self._facts_of_base(peft_config, model, architecture)
-        newly_shared = architecture.copied_embedder and conditioning.share(model)
-        try:
-            self._plan, self._excluded = _plan(peft_config, model, architecture)
-            self._check_names_in_file(peft_config)
-            if "sample_size" in facts:
-                resolution.set_sample_size(model, facts["sample_size"])
-        except Exception:
-            if newly_shared:
-                conditioning.unshare(model)
-            raise
-        if peft_config.target_modules == "all-linear":  # peft would look for them among the layers wrapped by now
-            facts["target_modules"] = sorted(name for name in self._plan if self._plan[name]["delta"])
-        for name, value in facts.items():
-            setattr(peft_config, name, value)
-
-    def _facts_of_base(self, config: DiffFitConfig, model: nn.Module, architecture: Architecture) -> dict[str, Any]:
-        """What the config is to say of this base; raises if it speaks of another."""
-        if not architecture.base_config:
-            if config.sample_size is not None:
-                raise ValueError(
-                    f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
-                    f"{', '.join(ARCHITECTURES)} can. Leave it out."
-                )
-            return {}
-        base = {name: model.config[name] for name in architecture.base_config}
-        base["sample_size"] = resolution.base_sample_size(model)
-        expected = config.base_config or base
-        differing = [name for name in expected if expected[name] != base.get(name)]
-        if differing:
-            raise ValueError(
-                "This adapter belongs to another base: "
-                + ", ".join(f"{name} is {expected[name]} there and {base.get(name)} here" for name in differing)
-                + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new "
-                "adapter from a new DiffFitConfig."
-            )
-        sample_size = config.sample_size or base["sample_size"]
-        others = [other for other in self.peft_config.values() if other is not config]
-        if any(getattr(other, "sample_size", sample_size) != sample_size for other in others):
-            raise ValueError(
-                f"This adapter is for latents of side {sample_size}, but the model has adapters for "
-                f"{others[0].sample_size}: one model holds adapters of one side. Use a second model."
-            )
-        facts = {"base_config": base, "sample_size": sample_size}
-        name = getattr(model.config, "_name_or_path", None)
-        if config.base_model_name_or_path is None and name:
-            facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
-        return facts
-
-    def _check_names_in_file(self, config: DiffFitConfig) -> None:
-        """Refuses a file whose weights are not those of the plan."""
-        if config._names_in_file is None:
-            return
-        planned = {
-            f"{layer}.{self.prefix}{kind}"
-            for layer, kinds in self._plan.items()
-            for kind, wanted in kinds.items()
-            if wanted
-        }
-        found = {n.removeprefix("base_model.model.") for n in config._names_in_file if f".{self.prefix}" in n}
-        _check_names(planned, found)
+        self._plan, self._excluded = prepare(peft_config, model, self.peft_config)
 
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
         # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
@@ -168,6 +108,57 @@ class DiffFitModel(BaseTuner):
             raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
         for layer in self._difffit_layers():
             layer.set_scale(adapter_name, strength)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds an adapter that does alone what `adapters` do together at strengths `weights`, whatever theirs are now.
+
+        γ = Π (1 + w_i (γ_i - 1)), δ = Σ w_i δ_i, class rows too, index by index: the rule of `set_scale`, written into
+        one adapter that can be saved. Its class names are the adapters' where they agree.
+
+        Raises:
+            ValueError: if an adapter is unknown, named twice or has modules saved whole, if weights are not finite or
+                not as many, or if `adapter_name` is taken. The model is then as it was.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len({*adapters}) < len(adapters):
+            raise ValueError(f"adapters={adapters}: must be names of {sorted(self.peft_config)}, each at most once.")
+        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights={weights}: must be one finite number for each of the {len(adapters)} adapters.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
+        whole = [name for name in adapters if self.peft_config[name].modules_to_save]
+        if whole:
+            raise ValueError(f"The adapter {whole[0]!r} has modules_to_save, which are saved whole and do not blend.")
+        config = self._covering_config(adapters)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self._difffit_layers():
+            layer.blend(adapter_name, dict(zip(adapters, weights, strict=True)))
+
+    def _covering_config(self, adapters: list[str]) -> DiffFitConfig:
+        """A config that selects what any of the adapters trains."""
+        configs = [self.peft_config[name] for name in adapters]
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DiffFitLayer)}
+
+        def having(kind: str) -> set[str]:
+            return {name for name, layer in layers.items() if not getattr(layer, kind).keys().isdisjoint(adapters)}
+
+        norms = {name for name, layer in layers.items() if is_norm(layer.get_base_layer())}
+        tables = {name for name, layer in layers.items() if isinstance(layer, DiffFitEmbedding)}
+        deltas, gammas = having("difffit_delta"), having("difffit_gamma")
+        classes = [config.num_classes for name, config in zip(adapters, configs, strict=True)
+                   if any(name in layers[table].difffit_delta for table in tables)]  # fmt: skip
+        labels = [config.id2label for config in configs]
+        return dataclasses.replace(
+            configs[0],
+            target_modules=_exactly(deltas | gammas & norms),
+            exclude_modules=None,
+            gamma_modules=_exactly(gammas - norms),
+            gamma_layers=None,
+            num_classes=max(classes) if classes and None not in classes else None,
+            id2label=labels[0] if all(names == labels[0] for names in labels) else None,
+            init_weights=True,
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -225,19 +216,103 @@ class DiffFitModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if architecture_of(model).copied_embedder:
-            base_sample_size = resolution.base_sample_size(model)
-            if not merge:
-                resolution.set_sample_size(model, base_sample_size)
-            elif model.config.sample_size != base_sample_size:
-                warnings.warn(
-                    f"The merged model works at sample_size={model.config.sample_size} in memory, but Diffusers does "
-                    f"not store that its positions are those of {base_sample_size}: saved and loaded again it would "
-                    "compute others. Keep the adapter unmerged on disk.",
-                    stacklevel=3,
-                )
-            conditioning.unshare(model)
+        restore(model, merged=merge)
         return model
+
+
+def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftConfig]) -> tuple[_Plan, set[str]]:
+    """Checks the config against the model, plans what each layer gets, and makes the model ready for it.
+
+    `adapters` are all of the model's. Returns the plan and the names of the layers excluded.
+
+    Raises:
+        ValueError: if the config does not fit the model, which is then as it was.
+    """
+    architecture = architecture_of(model)
+    facts = _facts_of_base(config, model, architecture, adapters)
+    newly_shared = architecture.copied_embedder and conditioning.share(model)
+    try:
+        plan, excluded = _plan(config, model, architecture)
+        _check_names_in_file(config, plan)
+        if "sample_size" in facts:
+            resolution.set_sample_size(model, facts["sample_size"])
+    except Exception:
+        if newly_shared:
+            conditioning.unshare(model)
+        raise
+    if config.target_modules == "all-linear":  # peft would look for them among the layers wrapped by now
+        facts["target_modules"] = sorted(name for name in plan if plan[name]["delta"])
+    for name, value in facts.items():
+        setattr(config, name, value)
+    return plan, excluded
+
+
+def restore(model: nn.Module, merged: bool) -> None:
+    """Undoes `prepare` on a model whose adapters are gone or, if `merged`, part of its weights."""
+    if not architecture_of(model).copied_embedder:
+        return
+    base_sample_size = resolution.base_sample_size(model)
+    if not merged:
+        resolution.set_sample_size(model, base_sample_size)
+    elif model.config.sample_size != base_sample_size:
+        warnings.warn(
+            f"The merged model works at sample_size={model.config.sample_size} in memory, but Diffusers does "
+            f"not store that its positions are those of {base_sample_size}: saved and loaded again it would "
+            "compute others. Keep the adapter unmerged on disk.",
+            stacklevel=4,
+        )
+    conditioning.unshare(model)
+
+
+def _facts_of_base(
+    config: DiffFitConfig, model: nn.Module, architecture: Architecture, adapters: dict[str, PeftConfig]
+) -> dict[str, Any]:
+    """What the config is to say of this base; raises if it speaks of another."""
+    if not architecture.base_config:
+        if config.sample_size is not None:
+            raise ValueError(
+                f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
+                f"{', '.join(ARCHITECTURES)} can. Leave it out."
+            )
+        return {}
+    base = {name: model.config[name] for name in architecture.base_config}
+    base["sample_size"] = resolution.base_sample_size(model)
+    expected = config.base_config or base
+    differing = [name for name in expected if expected[name] != base.get(name)]
+    if differing:
+        raise ValueError(
+            "This adapter belongs to another base: "
+            + ", ".join(f"{name} is {expected[name]} there and {base.get(name)} here" for name in differing)
+            + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new "
+            "adapter from a new DiffFitConfig."
+        )
+    sample_size = config.sample_size or base["sample_size"]
+    others = [other for other in adapters.values() if other is not config and isinstance(other, DiffFitConfig)]
+    if any(other.sample_size != sample_size for other in others):
+        raise ValueError(
+            f"This adapter is for latents of side {sample_size}, but the model has adapters for "
+            f"{others[0].sample_size}: one model holds adapters of one side. Use a second model."
+        )
+    facts = {"base_config": base, "sample_size": sample_size}
+    name = getattr(model.config, "_name_or_path", None)
+    if config.base_model_name_or_path is None and name:
+        facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
+    return facts
+
+
+def _check_names_in_file(config: DiffFitConfig, plan: _Plan) -> None:
+    """Refuses a file whose weights are not those of the plan."""
+    if config._names_in_file is None:
+        return
+    prefix = DiffFitModel.prefix
+    planned = {f"{layer}.{prefix}{kind}" for layer, kinds in plan.items() for kind, wanted in kinds.items() if wanted}
+    found = {n.removeprefix("base_model.model.") for n in config._names_in_file if f".{prefix}" in n}
+    _check_names(planned, found)
+
+
+def _exactly(names: set[str]) -> str | list[str]:
+    """What selects these modules and no others: a regular expression, as a name in a list is a name ending too."""
+    return "|".join(re.escape(name) for name in sorted(names)) or []
 
 
 def _check_model(model: nn.Module) -> None:
@@ -311,12 +386,18 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
 
 def _saved_whole(config: DiffFitConfig, model: nn.Module, names: list[str]) -> set[str]:
     """The layers among `names` that are, or lie in, a module of `modules_to_save`."""
-    modules = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
     saved: set[str] = set()
     for ending in config.modules_to_save or ():
         matching = tuple(name for name in modules if name.endswith(ending))  # as peft matches them
         if not matching:
-            raise ValueError(f"modules_to_save: {ending!r} names no module of the model.{nearest(ending, modules)}")
+            raise ValueError(f"modules_to_save: {ending!r} names no module of the model.{nearest(ending, [*modules])}")
+        adapted = next((name for name in matching if isinstance(modules[name], BaseTunerLayer)), None)
+        if adapted:
+            raise ValueError(
+                f"modules_to_save: {adapted} has adapters of its own already. Attach the adapter that saves it whole "
+                "first, or name it in the others' exclude_modules."
+            )
         saved |= {name for name in names if name in matching or name.startswith(tuple(f"{m}." for m in matching))}
     return saved
 

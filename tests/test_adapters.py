@@ -424,6 +424,14 @@ def test_modules_to_save_of_one_adapter_are_closed_to_the_next(inputs, tmp_path)
     assert torch.equal(outputs(loaded, inputs), expected)
 
 
+def test_modules_to_save_that_are_adapted_already_are_refused(dit):
+    model = get_peft_model(dit, DiffFitConfig(), adapter_name="a")
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="proj_out_2 has adapters of its own already"):
+        model.add_adapter("b", DiffFitConfig(modules_to_save=["proj_out_2"]))
+    assert [name for name, _ in model.named_parameters()] == names and list(model.peft_config) == ["a"]
+
+
 def test_all_linear_on_a_second_adapter_loads_again(inputs, tmp_path):
     model = get_peft_model(make_dit(), DiffFitConfig(), adapter_name="a")
     model.add_adapter("b", DiffFitConfig(target_modules="all-linear"))

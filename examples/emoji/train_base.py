@@ -209,6 +209,13 @@ def main() -> None:
         default=4000,
         help="step from which every emoji is drawn as often as every other, however many skin tones it has",
     )
+    parser.add_argument(
+        "--emphasis",
+        nargs="*",
+        default=[],
+        metavar="GROUP=FACTOR",
+        help="draw the classes of these groups (the class name up to its first hyphen) so many times as often",
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT")
@@ -221,7 +228,13 @@ def main() -> None:
     vae = train_vae(torch.cat([noto, twemoji]), args)
     latents = encode(vae, torch.cat([noto, noto.flip(-1)]))
     labels = torch.tensor(dataset["label"]).repeat(2)
-    weights = torch.tensor([1 / variants[name] for name in dataset["name"]]).repeat(2)
+    factors = dict(pair.split("=") for pair in args.emphasis)
+    weights = torch.tensor(
+        [
+            float(factors.get(names[label].split("-")[0], 1)) / variants[name]
+            for label, name in zip(dataset["label"], dataset["name"], strict=True)
+        ]
+    ).repeat(2)
 
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     class_labels = [names.index(name) for name in PREVIEW_CLASSES for _ in range(6)]

@@ -1,0 +1,65 @@
+"""One adapter's values exchanged for another's in place, so that compiled code stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+
+from .config import DiffFitConfig
+from .layer import DiffFitLayer
+
+
+def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+    """Puts the values of a saved adapter in the place of those of a loaded one, which keeps its name and strength.
+
+    The counterpart of `peft.utils.hotswap.hotswap_adapter`, which knows LoRA alone. Tensors are written in place:
+    `torch.compile` compiles nothing anew, and an optimiser keeps its parameters.
+
+    Args:
+        model: the `PeftModel`, compiled or not.
+        model_name_or_path: folder or Hub id of the adapter to take the values of.
+        adapter_name: the adapter to give them to.
+        kwargs: `subfolder`, `revision`, `token`, `cache_dir` and so on, as for `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: if there is no such adapter or it is merged, or if the two belong to different bases, train
+            different layers or have different numbers of classes. The model is then as it was.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
+        names = sorted(getattr(model, "peft_config", {}))
+        raise ValueError(f"There is no adapter {adapter_name!r} in this {type(model).__name__}: it has {names}.")
+    if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, DiffFitLayer)):
+        raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
+    old = model.peft_config[adapter_name]
+    new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    for config in (old, new):
+        if not isinstance(config, DiffFitConfig):
+            raise ValueError(f"Only DiffFit adapters can be swapped here, but one is of {config.peft_type}.")
+    weights = load_peft_weights(model_name_or_path, device="cpu", **kwargs)
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    differing = [
+        f"{field} is {getattr(new, field)} there and {getattr(old, field)} here"
+        for field in ("base_config", "sample_size")
+        if getattr(new, field) != getattr(old, field)
+    ] + [
+        f"{name} has shape {[*weights[name].shape] if name in weights else None} there and "
+        f"{[*expected[name].shape] if name in expected else None} here"
+        for name in sorted(weights.keys() | expected.keys())
+        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+    ]
+    if differing:
+        raise ValueError(
+            f"{model_name_or_path} cannot take the place of {adapter_name!r}: {differing[0]}"
+            + (f", and {len(differing) - 1} more differences" if differing[1:] else "")
+            + ". Load it with load_adapter() under a name of its own."
+        )
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise ValueError(f"{model_name_or_path} holds values that are not finite, in {broken}.")
+    new.inference_mode = old.inference_mode
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    model.peft_config[adapter_name] = new

@@ -1,0 +1,95 @@
+"""DiffFit beside LoRA and its kin in one `PeftMixedModel`.
+
+PEFT 0.21 keeps the methods that can be mixed in closed lists; `register` adds DiffFit to them. Adapters on one layer
+nest in the order they were added: DiffFit over LoRA is γ ⊙ (W x + b + B A x + δ), LoRA over DiffFit is
+γ ⊙ (W x + b + δ) + B A x.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Union
+
+import peft.mixed_model
+import peft.tuners
+from peft import PeftConfig
+from peft.tuners import mixed
+from peft.tuners.mixed.model import MixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
+from torch import nn
+
+from .config import DiffFitConfig
+from .layer import DiffFitLayer
+from .model import DiffFitModel, prepare, restore
+
+
+class DiffFitMixedModel(MixedModel):
+    """PEFT's `MixedModel`, which knows DiffFit too."""
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if isinstance(peft_config, DiffFitConfig):
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        if isinstance(peft_config, DiffFitConfig):
+            self._plan, self._excluded = prepare(peft_config, self.model, self.peft_config)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        if isinstance(peft_config, DiffFitConfig):
+            return DiffFitModel._check_target_module_exists(self, peft_config, self._key(key))
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(self, config: PeftConfig, *args: Any, current_key: str, **kwargs: Any) -> None:
+        if isinstance(config, DiffFitConfig):
+            DiffFitModel._create_and_replace(self, config, *args, current_key=self._key(current_key), **kwargs)
+        else:
+            super()._create_and_replace(config, *args, current_key=current_key, **kwargs)
+
+    @staticmethod
+    def _key(key: str) -> str:
+        # `PeftMixedModel.add_adapter` has the whole of itself searched, not the model alone
+        return key.removeprefix("base_model.model.")
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges from the innermost adapter of a layer outwards, as the forward pass applies them.
+
+        Raises:
+            ValueError: if adapters are merged already where methods nest: what is merged first would have to be undone.
+        """
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        names = {*(self.active_adapters if adapter_names is None else adapter_names)}
+        pending = any(names & {*layer._get_available_adapters()} - {*layer.merged_adapters} for layer in layers)
+        nested = [layer for layer in layers if isinstance(layer.base_layer, BaseTunerLayer)]
+        if pending and any(layer.merged or layer.base_layer.merged for layer in nested):
+            raise ValueError("Adapters are merged already: call unmerge_adapter() first, then merge all at once.")
+        for layer in reversed(layers if pending else []):  # a module comes before what it contains
+            layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        restore(model, merged=merge)
+        return model
+
+
+def register() -> None:
+    """Adds DiffFit to the methods that `PeftMixedModel` takes (peft 0.21 has no hook for it)."""
+    if PeftType.DIFFFIT in mixed.COMPATIBLE_TUNER_TYPES:
+        return
+    mixed.COMPATIBLE_TUNER_TYPES += (PeftType.DIFFFIT,)
+    mixed.model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
+    mixed.model.PREFIXES.append(DiffFitModel.prefix)
+    mixed.model.Configs = Union[mixed.model.Configs, DiffFitConfig]  # noqa: UP007
+    mixed.model.Layers += (DiffFitLayer,)
+    peft.mixed_model.MixedModel = DiffFitMixedModel

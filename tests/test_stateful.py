@@ -1,0 +1,247 @@
+"""Random sequences of verbs on two adapters and more, against the formula in plain torch.
+
+    γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i
+
+over the adapters that count in a layer: those merged into it, or else the active ones. After every step, refused ones
+included, the model computes that, and the base's own parameters are the same to the last bit unless adapters are merged.
+"""
+
+import math
+import warnings
+
+import pytest
+import reference
+import torch
+from conftest import make_dit
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from peft import get_peft_model
+
+from difffit_peft import DiffFitConfig, DiffFitLayer
+
+SEQUENCES, STEPS = 500, 12
+DIMENSIONS = {"attention_head_dim": 4, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": 6}
+CONFIGS = [
+    {},
+    {"gamma_modules": []},
+    {"num_classes": 2},
+    {"gamma_modules": ["attn1.to_q", "ff.net.2"], "gamma_layers": [1], "num_classes": 4},
+    {"target_modules": ["attn1.to_v", "proj_out_2"]},
+    {"target_modules": [], "gamma_modules": ["attn1.to_k", "proj_out_1"]},
+]
+configs, seeds = st.sampled_from(CONFIGS), st.integers(0, 1000)
+strengths = st.sampled_from([-1.5, 0.0, 0.3, 1.0, 2.0])
+
+
+def reference_name(name: str) -> str:
+    name = name.removeprefix("base_model.model.").replace("norm1_emb.", "transformer_blocks.0.norm1.emb.")
+    return name.replace("difffit_", "")
+
+
+class Verbs(RuleBasedStateMachine):
+    adapters = Bundle("adapters")
+
+    @initialize(target=adapters, config=configs, seed=seeds)
+    def start(self, config, seed):
+        warnings.simplefilter("ignore")
+        dit = make_dit(**DIMENSIONS)
+        self.base = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+        self.positions = dit.pos_embed.pos_embed
+        generator = torch.Generator().manual_seed(4)
+        self.x = torch.randn(3, 4, 4, 4, generator=generator)
+        self.timestep, self.labels = torch.tensor([3, 500, 999]), torch.tensor([0, 3, 6])
+        self.model = get_peft_model(dit, DiffFitConfig(**config), adapter_name="a0").eval()
+        self.parameters = [(n, p) for n, p in self.model.named_parameters() if "difffit_" not in n]
+        self.bytes = [p.detach().clone() for _, p in self.parameters]
+        # what the model should be: adapter -> layer -> kind -> values; strengths; who is active; who is merged
+        self.values, self.strength, self.active, self.merged, self.count = {}, {"a0": 1.0}, ["a0"], [], 1
+        self.write("a0", seed)
+        return "a0"
+
+    def write(self, adapter, seed):
+        """Stands for training: random values, exact zeros and negative ones among them."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(f".{adapter}"):
+                value = 0.3 * torch.randn(parameter.shape, generator=generator) + ("gamma" in name)
+                if "gamma" in name:
+                    value[:2] = torch.tensor([0.0, -1.0])
+                parameter.data.copy_(value)
+        self.read(adapter)
+
+    def read(self, adapter):
+        self.values[adapter] = values = {}
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(f".{adapter}"):
+                layer, kind = reference_name(name).removesuffix(f".{adapter}").rsplit(".", 1)
+                values.setdefault(layer, {})[kind] = parameter.detach().clone()
+
+    def composed(self, names, merged=()):
+        """What reference.forward takes: the values of the adapters together."""
+        adapter = {}
+        for layer in {layer for values in self.values.values() for layer in values}:
+            here = [n for n in merged if layer in self.values[n]] or [n for n in names if layer in self.values[n]]
+            for name in here:
+                s = self.strength[name]
+                for kind, value in self.values[name][layer].items():
+                    if layer.endswith("embedding_table"):
+                        rows = adapter.setdefault("rows", torch.zeros(7, value.shape[1]))
+                        rows[: len(value) - 1] += s * value[:-1]
+                        rows[-1] += s * value[-1]
+                    elif kind == "gamma":
+                        adapter[f"{layer}.gamma"] = adapter.get(f"{layer}.gamma", 1) * (1 + s * (value - 1))
+                    else:
+                        adapter[f"{layer}.delta"] = adapter.get(f"{layer}.delta", 0) + s * value
+        return adapter
+
+    def expected(self, names, merged=(), samples=slice(None)):
+        x, t, y = self.x[samples], self.timestep[samples], self.labels[samples]
+        adapter = self.composed(names, merged)
+        return reference.forward(x, t, y, self.positions, self.base, adapter, heads=2, depth=2, patch=2)
+
+    @torch.no_grad()
+    def output(self, **kwargs):
+        return self.model(self.x, timestep=self.timestep, class_labels=self.labels, **kwargs).sample
+
+    # Verbs
+
+    @rule(target=adapters, config=configs, seed=seeds)
+    def add(self, config, seed):
+        name, self.count = f"a{self.count}", self.count + 1
+        self.model.add_adapter(name, DiffFitConfig(**config))
+        self.merged, self.strength[name] = [], 1.0  # peft unmerges what it sets active anew
+        self.write(name, seed)
+        return name
+
+    @rule(names=st.lists(adapters, min_size=1, max_size=3, unique=True))
+    def set_active(self, names):
+        self.model.base_model.set_adapter(names)
+        self.active, self.merged = names, []
+
+    @rule(name=adapters, seed=seeds)
+    def train(self, name, seed):
+        if name not in self.merged:
+            self.write(name, seed)
+
+    @rule(name=adapters, strength=strengths)
+    def set_scale(self, name, strength):
+        if name in self.merged:
+            with pytest.raises(ValueError, match="is merged"):
+                self.model.set_scale(name, strength)
+        else:
+            self.model.set_scale(name, strength)
+            self.strength[name] = strength
+
+    @precondition(lambda self: len(self.values) > 1)
+    @rule(name=consumes(adapters))
+    def delete(self, name):
+        self.model.unmerge_adapter()
+        self.merged = []
+        self.model.delete_adapter(name)
+        del self.values[name], self.strength[name]
+        self.active = [other for other in self.active if other != name] or [next(iter(self.values))]
+        self.model.set_adapter(self.active[0])  # peft leaves some layers on one adapter and some on another
+        self.model.base_model.set_adapter(self.active)
+
+    @rule(names=st.none() | st.lists(adapters, min_size=1, max_size=2, unique=True), safe=st.booleans())
+    def merge(self, names, safe):
+        self.model.merge_adapter(names, safe_merge=safe)
+        self.merged += [name for name in names or self.active if name not in self.merged]
+
+    @rule()
+    def unmerge(self):
+        self.model.unmerge_adapter()
+        self.merged = []
+
+    @rule()
+    def disable(self):
+        with self.model.disable_adapter():
+            torch.testing.assert_close(self.output(), self.expected([]), rtol=1e-4, atol=1e-5)
+        self.merged = []
+
+    @rule(target=adapters, names=st.lists(adapters, min_size=1, max_size=3, unique=True), data=st.data())
+    def add_weighted(self, names, data):
+        weights = data.draw(st.lists(strengths, min_size=len(names), max_size=len(names)))
+        name, self.count = f"a{self.count}", self.count + 1
+        self.model.add_weighted_adapter(names, weights, name)
+        self.merged = []
+        kept, self.strength = self.strength, dict(zip(names, weights, strict=True))
+        blended = self.expected(names)
+        self.strength = kept | {name: 1.0}
+        self.read(name)
+        torch.testing.assert_close(self.expected([name]), blended, rtol=1e-4, atol=1e-5)
+        return name
+
+    @rule(names=st.lists(adapters | st.just("__base__"), min_size=3, max_size=3))
+    def adapter_per_sample(self, names):
+        touched = {layer for name in self.merged for layer in self.values[name]}
+        if touched:
+            with pytest.raises(ValueError, match="merged adapters"):
+                self.output(adapter_names=names)
+            return
+        mixed = self.output(adapter_names=names)
+        for i, name in enumerate(names):
+            alone = self.expected([] if name == "__base__" else [name], samples=slice(i, i + 1))
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+    # Refusals
+
+    @rule(name=adapters, number=st.sampled_from([math.nan, math.inf]))
+    def a_strength_that_is_not_finite(self, name, number):
+        with pytest.raises(ValueError, match="finite"):
+            self.model.set_scale(name, number)
+        with pytest.raises(ValueError, match="finite"):
+            self.model.add_weighted_adapter([name], [number], "new")
+
+    @rule(name=adapters)
+    def an_adapter_that_does_not_fit(self, name):
+        with pytest.raises(ValueError):
+            self.model.add_adapter("new", DiffFitConfig(gamma_layers=[7]))
+        with pytest.raises(ValueError):
+            self.model.add_adapter("new", DiffFitConfig(sample_size=8))
+        with pytest.raises(ValueError):
+            self.model.add_weighted_adapter([name, "nobody"], [1.0, 1.0], "new")
+        with pytest.raises(ValueError):
+            self.model.add_weighted_adapter([name], [1.0], name)
+        with pytest.raises(ValueError):
+            self.model.set_scale("nobody", 1.0)
+
+    @rule(name=adapters)
+    def a_broken_merge(self, name):
+        if name in self.merged:
+            return
+        parameter = [p for n, p in self.model.named_parameters() if n.endswith(f".{name}")][-1]
+        parameter.data.view(-1)[0] = math.nan
+        with pytest.raises(ValueError, match="not finite"):
+            self.model.merge_adapter([name], safe_merge=True)
+        parameter.data.view(-1)[0] = 1.0
+        self.read(name)
+
+    # What always holds
+
+    @invariant()
+    def the_model_computes_the_formula(self):
+        if hasattr(self, "model"):
+            expected = self.expected(self.active, self.merged)
+            torch.testing.assert_close(self.output(), expected, rtol=1e-4, atol=1e-5)
+            assert set(self.model.peft_config) == set(self.values)
+            merged = {n for m in self.model.modules() if isinstance(m, DiffFitLayer) for n in m.merged_adapters}
+            assert merged == set(self.merged)
+
+    @invariant()
+    def the_base_is_untouched(self):
+        if hasattr(self, "model") and not self.merged:
+            for (name, parameter), before in zip(self.parameters, self.bytes, strict=True):
+                assert torch.equal(parameter.view(torch.int32), before.view(torch.int32)), name
+
+
+Verbs.TestCase.settings = settings(
+    max_examples=SEQUENCES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestVerbs = Verbs.TestCase

@@ -1,0 +1,272 @@
+"""The verbs of PEFT that go beyond one adapter: blended, swapped, injected, mixed with other methods, trained on."""
+
+import pytest
+import torch
+from conftest import make_dit, make_inputs, randomise
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+
+from difffit_peft import DiffFitConfig, hotswap_adapter
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def outputs(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).sample
+
+
+def spread(model, adapter_name: str, seed: int) -> None:
+    """Gives an adapter values of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".{adapter_name}"):
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two adapters of `make_dit()` on disk, of the same layers and classes."""
+    for seed, name in enumerate(("fox", "owl")):
+        model = get_peft_model(make_dit(), DiffFitConfig(id2label={0: name, 1: "den"}))
+        spread(model, "default", seed)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    return tmp_path
+
+
+# One batch, many adapters
+
+
+def test_32_samples_with_32_adapters_equal_32_forwards(dit):
+    names = [f"domain{i}" for i in range(32)]
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3), adapter_name=names[0]).eval()
+    for name in names[1:]:
+        model.add_adapter(name, DiffFitConfig(num_classes=3))
+    for seed, name in enumerate(names):
+        spread(model, name, seed)
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(32, 4, 8, 8, generator=generator),
+        "timestep": torch.randint(1000, (32,), generator=generator),
+        "class_labels": torch.tensor([0, 1, 2, 1000] * 8),
+    }
+    mixed = outputs(model, inputs | {"adapter_names": names})
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        alone = outputs(model, {key: value[i : i + 1] for key, value in inputs.items()})
+        torch.testing.assert_close(mixed[i : i + 1], alone, **CLOSE)
+
+
+# add_weighted_adapter
+
+
+@pytest.mark.parametrize("other", [{"num_classes": 3}, {"num_classes": 5, "gamma_layers": [3]}, {"gamma_modules": []}])
+def test_a_blend_is_an_adapter_of_its_own(dit, inputs, other, tmp_path):
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig(**other))
+    spread(model, "a", 1), spread(model, "b", 2)
+    model.add_weighted_adapter(["a", "b"], [0.8, -0.3], "blend")
+    assert model.active_adapters == ["a"]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".blend"))
+    model.set_adapter("blend")
+    blended = outputs(model, inputs)
+
+    model.set_scale("a", 0.8), model.set_scale("b", -0.3)
+    model.base_model.set_adapter(["a", "b"])
+    torch.testing.assert_close(outputs(model, inputs), blended, **CLOSE)
+    model.save_pretrained(tmp_path, selected_adapters=["blend"], save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(make_dit(), tmp_path / "blend")
+    torch.testing.assert_close(outputs(loaded, inputs), blended, **CLOSE)
+
+
+def test_a_blend_has_the_labels_its_adapters_agree_on(dit):
+    labels = {0: "fox", 1: "owl"}
+    model = get_peft_model(dit, DiffFitConfig(id2label=labels), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig(id2label=labels))
+    model.add_adapter("c", DiffFitConfig(id2label={0: "cat"}))
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "agreeing")
+    model.add_weighted_adapter(["a", "c"], [0.5, 0.5], "differing")
+    assert model.peft_config["agreeing"].id2label == labels
+    config = model.peft_config["differing"]
+    assert config.id2label is None and config.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a", "x"], [1, 1], "new"), "adapters=['a', 'x']: must be names of ['a', 'b']"),
+        ((["a", "a"], [1, 1], "new"), "each at most once"),
+        (([], [], "new"), "adapters=[]: must be names"),
+        ((["a"], [1, 2], "new"), "must be one finite number for each of the 1 adapters"),
+        ((["a"], [float("inf")], "new"), "must be one finite number"),
+        ((["a"], [1], "b"), "There is an adapter 'b' already"),
+        ((["b"], [1], "new"), "'b' has modules_to_save"),
+    ],
+)
+def test_blends_that_are_refused(dit, arguments, message):
+    model = get_peft_model(dit, DiffFitConfig(modules_to_save=["proj_out_2"]), adapter_name="b")
+    model.add_adapter("a", DiffFitConfig())
+    with pytest.raises(ValueError) as error:
+        model.add_weighted_adapter(*arguments)
+    assert message in str(error.value)
+    assert list(model.peft_config) == ["b", "a"]
+
+
+# Hot-swapping
+
+
+def test_hotswap_is_the_other_adapter_in_the_same_tensors(saved, inputs):
+    expected = outputs(PeftModel.from_pretrained(make_dit(), saved / "owl"), inputs)
+    model = PeftModel.from_pretrained(make_dit(), saved / "fox", is_trainable=True)
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
+    assert not torch.equal(outputs(model, inputs), expected)
+    hotswap_adapter(model, saved / "owl")
+    assert torch.equal(outputs(model, inputs), expected)
+    assert {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert model.peft_config["default"].id2label[0] == "owl" and not model.peft_config["default"].inference_mode
+
+
+def test_swaps_that_are_refused(saved, inputs, tmp_path):
+    model = PeftModel.from_pretrained(make_dit(), saved / "fox")
+    expected = outputs(model, inputs)
+    for name, config in {"classes": {"num_classes": 3}, "layers": {"num_classes": 2, "gamma_modules": []}}.items():
+        other = get_peft_model(make_dit(), DiffFitConfig(**config))
+        other.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        with pytest.raises(ValueError, match="cannot take the place of 'default'.*load_adapter"):
+            hotswap_adapter(model, tmp_path / name)
+    other = get_peft_model(make_dit(num_layers=3), DiffFitConfig(num_classes=2))
+    other.save_pretrained(tmp_path / "base", save_embedding_layers=False)
+    with pytest.raises(ValueError, match="base_config is .*'num_layers': 3.* there"):
+        hotswap_adapter(model, tmp_path / "base")
+    get_peft_model(make_dit(), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="Only DiffFit adapters"):
+        hotswap_adapter(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match="no adapter 'other' in this PeftModel: it has \\['default'\\]"):
+        hotswap_adapter(model, saved / "owl", "other")
+    path = saved / "owl" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="not finite"):
+        hotswap_adapter(model, saved / "owl")
+    assert torch.equal(outputs(model, inputs), expected)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged"):
+        hotswap_adapter(model, saved / "fox")
+
+
+# Loaded and trained on, injected, described
+
+
+def test_a_loaded_adapter_is_trained_on(saved, inputs):
+    model = PeftModel.from_pretrained(make_dit(), saved / "fox", is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs).sample.square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    frozen = PeftModel.from_pretrained(make_dit(), saved / "fox")
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_injected_without_a_peft_model(saved, inputs):
+    expected = outputs(PeftModel.from_pretrained(make_dit(), saved / "fox"), inputs)
+    dit = make_dit()
+    inject_adapter_in_model(DiffFitConfig(num_classes=2), dit, adapter_name="fox", low_cpu_mem_usage=True)
+    weights = load_file(saved / "fox" / "adapter_model.safetensors")
+    weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    set_peft_model_state_dict(dit, weights, adapter_name="fox", low_cpu_mem_usage=True)
+    assert torch.equal(outputs(dit, inputs), expected)
+    state = get_peft_model_state_dict(dit, adapter_name="fox")
+    assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
+
+
+def test_adapters_in_half_precision_if_asked_for(saved):
+    dtypes = {
+        p.dtype
+        for autocast in (True, False)
+        for name, p in PeftModel.from_pretrained(
+            make_dit().to(torch.bfloat16), saved / "fox", autocast_adapter_dtype=autocast
+        ).named_parameters()
+        if "difffit_" in name
+    }
+    assert dtypes == {torch.float32, torch.bfloat16}
+
+
+def test_status(saved):
+    model = PeftModel.from_pretrained(make_dit(), saved / "fox", adapter_name="fox", is_trainable=True)
+    model.load_adapter(saved / "owl", "owl")
+    model.merge_adapter(["fox"])
+    status = model.get_model_status()
+    assert (status.peft_types, status.active_adapters) == ({"fox": "DIFFFIT", "owl": "DIFFFIT"}, ["fox"])
+    assert status.available_adapters == ["fox", "owl"] and status.merged_adapters == ["fox"]
+    assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+    layer = next(layer for layer in model.get_layer_status() if layer.name.endswith("0.attn1.to_q"))
+    assert layer.module_type == "DiffFitLayer" and layer.available_adapters == ["fox", "owl"]
+
+
+# Beside LoRA
+
+
+def mixed_dit(first: str) -> torch.nn.Module:
+    configs = {
+        "lora": LoraConfig(target_modules=["to_q", "ff.net.2"], init_lora_weights=False),
+        "difffit": DiffFitConfig(num_classes=3),
+    }
+    torch.manual_seed(5)
+    model = get_peft_model(make_dit(), configs[first], adapter_name=first, mixed=True)
+    second = next(name for name in configs if name != first)
+    model.add_adapter(second, configs[second])
+    spread(model, "difffit", 3)
+    model.set_adapter(["lora", "difffit"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("first", ["lora", "difffit"])
+def test_mixed_with_lora(first, inputs):
+    base = outputs(make_dit(), inputs)
+    model = mixed_dit(first)
+    both = outputs(model, inputs)
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
+    x = torch.randn(3, 16)
+    lora, difffit = (layer.base_layer, layer) if first == "lora" else (layer, layer.base_layer)
+    w, gamma, delta = layer.get_base_layer(), difffit.difffit_gamma["difffit"], difffit.difffit_delta["difffit"]
+    low_rank = lora.scaling["lora"] * lora.lora_B["lora"](lora.lora_A["lora"](x))
+    expected = gamma * (w(x) + low_rank + delta) if first == "lora" else gamma * (w(x) + delta) + low_rank
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+    with model.disable_adapter():
+        torch.testing.assert_close(outputs(model, inputs), base, **CLOSE)
+    for name in ("lora", "difffit"):
+        model.set_adapter(name)
+        assert not torch.allclose(outputs(model, inputs), both, atol=1e-3)
+    model.set_adapter(["lora", "difffit"])
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), both, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), both, **CLOSE)
+    model.merge_adapter(["difffit"])
+    with pytest.raises(ValueError, match="merged already"):
+        model.merge_adapter(["lora"])
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert list(merged.state_dict()) == list(make_dit().state_dict())
+    torch.testing.assert_close(outputs(merged, inputs), both, **CLOSE)
+
+
+@pytest.mark.parametrize("first", ["lora", "difffit"])
+def test_mixed_and_unloaded(first, inputs):
+    dit = mixed_dit(first).unload()
+    assert all(torch.equal(a, b) for a, b in zip(dit.state_dict().values(), make_dit().state_dict().values()))
+    assert torch.equal(outputs(dit, inputs), outputs(make_dit(), make_inputs()))

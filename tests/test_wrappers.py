@@ -1,0 +1,170 @@
+"""What people put around a model: compilers, quantisation, casting, offloading."""
+
+import accelerate
+import pytest
+import torch
+from conftest import make_dit, make_inputs, make_pipeline, randomise
+from diffusers import DiTTransformer2DModel, QuantoConfig, TorchAoConfig
+from peft import PeftModel, get_peft_model
+
+from difffit_peft import DiffFitConfig, hotswap_adapter
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def outputs(model, inputs, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, **kwargs).sample
+
+
+def train(model, inputs, steps: int = 8) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).sample.float().square().mean()
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# torch.compile
+
+
+def test_nothing_is_compiled_anew(tmp_path, inputs):
+    for name in ("a", "b"):
+        other = get_peft_model(make_dit(), DiffFitConfig(num_classes=3))
+        randomise(other)
+        other.base_model.model.proj_out_1.difffit_delta["default"].data += name == "b"
+        other.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    model = PeftModel.from_pretrained(make_dit(), tmp_path / "a")
+    model.load_adapter(tmp_path / "b", "b")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    small = make_inputs(3)
+    for batch in (inputs, small):
+        torch.testing.assert_close(outputs(compiled, batch), outputs(model, batch), **CLOSE)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for strength in (0.5, 0.0, -1.0, 1.0):
+            model.set_scale("default", strength)
+            torch.testing.assert_close(outputs(compiled, inputs), outputs(model, inputs), **CLOSE)
+        before = outputs(compiled, inputs)
+        hotswap_adapter(compiled, tmp_path / "b")
+        swapped = outputs(compiled, inputs)
+        assert not torch.allclose(swapped, before, atol=1e-3)
+        for batch in (small, inputs):
+            torch.testing.assert_close(outputs(compiled, batch), outputs(model, batch), **CLOSE)
+    torch.testing.assert_close(swapped, outputs(PeftModel.from_pretrained(make_dit(), tmp_path / "b"), inputs), **CLOSE)
+
+
+def test_compiled_training_gives_the_same_gradients(inputs):
+    gradients = []
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)):
+        model = get_peft_model(make_dit(), DiffFitConfig(num_classes=3))
+        randomise(model)
+        wrap(model)(**inputs).sample.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+# Quantised bases
+
+
+def quantised(name: str, folder) -> DiTTransformer2DModel:
+    make_dit(attention_head_dim=16).save_pretrained(folder)
+    if name == "bitsandbytes int8":  # Diffusers asks for a GPU before it quantises; the layers work without one
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        dit = DiTTransformer2DModel.from_pretrained(folder)
+        for parent in list(dit.modules()):
+            for child, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    int8 = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+                    int8.load_state_dict(linear.state_dict())
+                    setattr(parent, child, int8.to("cpu"))
+        return dit.requires_grad_(False).eval()
+    if name == "torchao int8":
+        torchao = pytest.importorskip("torchao.quantization")
+        config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("optimum.quanto")
+        config = QuantoConfig(weights_dtype=name.removeprefix("quanto "))
+    return DiTTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "quanto int8", "quanto int4", "bitsandbytes int8"])
+def test_a_quantised_base_trains_saves_loads_and_is_not_merged_into(name, tmp_path, inputs):
+    model = get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig(num_classes=3))
+    kinds = {type(m.get_base_layer().weight.data) for n, m in model.named_modules() if n.endswith("attn1.to_q")}
+    dtypes = {m.get_base_layer().weight.dtype for n, m in model.named_modules() if n.endswith("attn1.to_q")}
+    assert kinds != {torch.Tensor} or dtypes == {torch.int8}  # it is quantised
+    with model.disable_adapter():
+        base = outputs(model, inputs)
+    assert torch.equal(outputs(get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig()), inputs), base)
+    losses = train(model, inputs)
+    assert losses[-1] < 0.9 * losses[0]
+    expected = outputs(model, inputs)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(quantised(name, tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(outputs(loaded, inputs), expected)
+    for merge in (loaded.merge_adapter, loaded.merge_and_unload):
+        with pytest.raises(ValueError, match="Cannot merge into .*quantised"):
+            merge()
+    assert torch.equal(outputs(loaded, inputs), expected)
+
+
+# Casting and offloading
+
+
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_layerwise_casting(cast_first, inputs):
+    dit = make_dit()
+    cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    if cast_first:
+        dit.enable_layerwise_casting(**cast)
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3))
+    if not cast_first:
+        dit.enable_layerwise_casting(**cast)
+    assert dit.transformer_blocks[0].attn1.to_q.get_base_layer().weight.dtype == torch.float8_e4m3fn
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = train(model, inputs)
+    assert losses[-1] < 0.9 * losses[0]
+    other = make_dit()
+    other.enable_layerwise_casting(**cast)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, inputs), outputs(other, inputs))
+
+
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_model_offload_brings_the_embedder_too(offload_first):
+    # the meta device stands for the accelerator: tensors there do not mix with those on the CPU
+    dit = make_dit()
+    if offload_first:
+        accelerate.cpu_offload_with_hook(dit, "meta")
+    model = get_peft_model(dit, DiffFitConfig())
+    if not offload_first:
+        model, _ = accelerate.cpu_offload_with_hook(model, "meta")
+    inputs = {name: tensor.to("meta") for name, tensor in make_inputs().items()}
+    assert outputs(model, inputs).device.type == "meta"
+
+
+def test_a_pipeline_with_model_offload_samples():
+    pipe = make_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer = get_peft_model(pipe.transformer, DiffFitConfig())
+    randomise(pipe.transformer)
+
+    def images():
+        generator = torch.Generator().manual_seed(0)
+        return torch.as_tensor(pipe([0, 1], generator=generator, num_inference_steps=2, output_type="np").images)
+
+    expected = images()
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(images(), expected)
+    assert torch.equal(images(), expected)  # and once more, with what the first call has offloaded
+
+
+def test_group_offload_is_refused_by_diffusers_itself(dit):
+    model = get_peft_model(dit, DiffFitConfig())
+    with pytest.raises(ValueError, match="DiTTransformer2DModel does not support group offloading"):
+        model.enable_group_offload(onload_device=torch.device("cpu"))
