@@ -1,17 +1,21 @@
 # make demo         fine-tune the bundled base and look at the result
 # make test         run the tests
+# make test-lowest  run them on the lowest versions of PEFT and Diffusers that are supported
 # make conformance  run PEFT's own tests on DiffFit
 # make style        check formatting, lint and types (make format mends the first two)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test conformance style format clean
+.PHONY: demo test test-lowest conformance style format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/emoji/demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -q
 
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
@@ -27,8 +31,13 @@ format: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e ".[examples,test]"
 	touch $@
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv .venv-lowest demo runs

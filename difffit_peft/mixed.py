@@ -41,11 +41,12 @@ class DiffFitMixedModel(MixedModel):
             return DiffFitModel._check_target_module_exists(self, peft_config, self._key(key))
         return super()._check_target_module_exists(peft_config, key)
 
-    def _create_and_replace(self, config: PeftConfig, *args: Any, current_key: str, **kwargs: Any) -> None:
+    def _create_and_replace(self, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, DiffFitConfig):
-            DiffFitModel._create_and_replace(self, config, *args, current_key=self._key(current_key), **kwargs)
+            kwargs["current_key"] = self._key(kwargs["current_key"])
+            DiffFitModel._create_and_replace(self, config, *args, **kwargs)
         else:
-            super()._create_and_replace(config, *args, current_key=current_key, **kwargs)
+            super()._create_and_replace(config, *args, **kwargs)
 
     @staticmethod
     def _key(key: str) -> str:

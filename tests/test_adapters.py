@@ -57,6 +57,16 @@ def test_importing_twice_is_harmless():
     assert PeftType("DIFFFIT") is PeftType.DIFFFIT and json.dumps(PeftType.DIFFFIT) == '"DIFFFIT"'
 
 
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0.dev0"])
+def test_another_peft_is_refused_on_import(version, monkeypatch):
+    import importlib
+    import importlib.metadata
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=rf"needs peft>=0.21,<0.22, but peft {version} is installed: pip install"):
+        importlib.reload(difffit_peft)
+
+
 def test_saved_and_loaded_is_bit_identical(tmp_path, inputs):
     model = get_peft_model(make_dit(), DiffFitConfig(id2label=LABELS))
     randomise(model)

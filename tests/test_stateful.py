@@ -2,8 +2,8 @@
 
     γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i
 
-over the adapters that count in a layer: those merged into it, or else the active ones. After every step, refused ones
-included, the model computes that, and the base's own parameters are the same to the last bit unless adapters are merged.
+over the adapters that count in a layer: those merged into it, or else the active ones. After every step, refused or
+not, the model computes that, and the base's own parameters are the same to the last bit unless something is merged.
 """
 
 import math
