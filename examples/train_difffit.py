@@ -8,34 +8,54 @@ finds it, and pictures of fixed classes and seeds to `--output_dir/validation`. 
 """
 
 import argparse
+import json
 import math
+import resource
+import signal
 import statistics
 import time
+import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from tempfile import TemporaryDirectory
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import PIL.Image
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, DiTPipeline
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import cached_assets_path
 from peft import get_peft_model
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from difffit_peft import DiffFitConfig
+from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, save_checkpoint
 from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images, sample_latents
+from difffit_peft.training.draws import draw
 from difffit_peft.training.losses import diffusion_loss
+
+# What a run must keep to be resumed, beside its data and base.
+SETTINGS = [
+    *("seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "optimizer", "learning_rate"),
+    *("lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("snr_gamma", "max_grad_norm", "use_ema", "ema_decay"),
+]
 
 
 @dataclass
 class Result:
-    """What a run gives back: where the adapter is, how large it is, and what the training took."""
+    """What a run gives back, and writes to `summary.json`."""
 
     output_dir: Path
     adapter_bytes: int
@@ -44,6 +64,8 @@ class Result:
     steps: int
     seconds_per_step: float  # median, without the first two
     loss: float  # running mean
+    validation_loss: float | None  # of held-out images, averaged weights
+    peak_memory_bytes: int  # of the accelerator, or of the process where there is none
     grids: list[Path]
 
 
@@ -70,8 +92,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     base.add_argument("--image_column", default="image")
     base.add_argument("--label_column", default="label")
     base.add_argument("--max_train_samples", type=positive_int, help="train on so many images, drawn with --seed")
-    base.add_argument("--resolution", type=positive_int, help="in pixels; only the base's own so far, the default")
+    base.add_argument("--resolution", type=positive_int, help="in pixels; default: the base's own")
     base.add_argument("--random_flip", action=switch, default=True, help="train on mirror images too")
+    base.add_argument("--background", default="white", help="colour behind transparent images: a name or #rrggbb")
+    base.add_argument("--skip_broken_images", action=switch, default=False, help="leave them out, rather than stop")
+    base.add_argument(
+        "--num_held_out_images",
+        type=int,
+        help="kept from training for the validation loss; default: one in twenty, up to 200",
+    )
     base.add_argument("--output_dir", type=Path, default=Path("difffit-adapter"))
     base.add_argument("--cache_dir", help="for downloads and encoded images; default: the Hugging Face cache")
 
@@ -88,7 +117,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--num_train_epochs", type=positive_int, default=100)
     train.add_argument("--max_train_steps", type=positive_int, help="overrides --num_train_epochs")
     train.add_argument("--dataloader_num_workers", type=int, default=0)
-    train.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
+    train.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], default="bf16", help="the frozen base is held in it too"
+    )
+    train.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
+    train.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")
+    train.add_argument("--optimizer", choices=["adamw", "adamw_fused", "adamw_8bit"], default="adamw")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="DiffFit likes 10x that of pre-training")
     train.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant")
     train.add_argument("--lr_warmup_steps", type=int, default=0, help="used by constant_with_warmup, cosine, ...")
@@ -101,6 +135,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--use_ema", action=switch, default=True, help="save and show averaged weights")
     train.add_argument("--ema_decay", type=float, default=0.9999, help="reached slowly: a short run averages less")
 
+    keep = parser.add_argument_group("checkpoints and logs")
+    keep.add_argument("--checkpointing_steps", type=positive_int, default=500)
+    keep.add_argument("--checkpoints_total_limit", type=positive_int, default=2, help="keep so many, the newest")
+    keep.add_argument("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest" of --output_dir')
+    keep.add_argument(
+        "--report_to", default="tensorboard", choices=["tensorboard", "wandb", "trackio", "none"], help="tracker"
+    )
+
     show = parser.add_argument_group("validation")
     show.add_argument("--validation_labels", nargs="+", help="classes, by name or index; default: up to four of them")
     show.add_argument("--validation_steps", type=positive_int, default=1000)
@@ -110,14 +152,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def checked_resolution(pipe: DiTPipeline, resolution: int | None) -> int:
-    """The base's own resolution; another one is refused."""
-    own = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    if resolution not in (None, own):
+def sample_size_for(pipe: DiTPipeline, resolution: int | None) -> tuple[int, int]:
+    """The resolution to train at, the base's own by default, and the side of its latents."""
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    step = factor * pipe.transformer.config.patch_size
+    resolution = resolution or pipe.transformer.config.sample_size * factor
+    if resolution % step:
         raise ValueError(
-            f"--resolution is {resolution}, but this script trains at the base's own, {own}: leave it out."
+            f"--resolution is {resolution}, but this base takes multiples of {step}: "
+            f"{resolution // step * step or step} or {(resolution // step + 1) * step}, for instance."
         )
-    return own
+    return resolution, resolution // factor
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=args.optimizer == "adamw_fused" or None)
+
+
+def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subset, Subset]:
+    """The images to train on, and those held out for the validation loss."""
+    held_out = min(len(dataset) // 20, 200) if held_out is None else held_out
+    if not 0 <= held_out < len(dataset):
+        raise ValueError(f"--num_held_out_images is {held_out}: it must be 0 to {len(dataset) - 1}, to leave an image.")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(dataset, sorted(order[held_out:])), Subset(dataset, sorted(order[:held_out]))
 
 
 @contextmanager
@@ -153,17 +223,64 @@ def sample_grid(pipe: DiTPipeline, classes: list[int], args: argparse.Namespace)
     return make_image_grid(images, len(classes), args.num_validation_images)
 
 
-def write_image(image, path: Path) -> Path:
+@torch.no_grad()
+def validation_loss(pipe: DiTPipeline, held_out: Subset, scheduler: DDPMScheduler, args: argparse.Namespace) -> float:
+    """The loss of the held-out images, at the same noise and timesteps at every call."""
+    training, device = pipe.transformer.training, pipe.transformer.device
+    pipe.transformer.eval()
+    losses = []
+    for step, (mean, std, labels) in enumerate(DataLoader(held_out, args.train_batch_size)):
+        draws = draw(args.seed, step, mean.shape, scheduler.config.num_train_timesteps, device=device)
+        losses.append(denoising_loss(pipe.transformer, mean.to(device), std.to(device), labels.to(device), draws,
+                                     scheduler, args.snr_gamma))  # fmt: skip
+    pipe.transformer.train(training)
+    return torch.cat(losses).mean().item()
+
+
+def denoising_loss(model, mean, std, labels, draws, scheduler, snr_gamma) -> torch.Tensor:
+    """The loss of each sample of a batch."""
+    x_0 = sample_latents(mean, std, draws.view, draws.posterior)
+    x_t = scheduler.add_noise(x_0, draws.noise, draws.timesteps)
+    output = model(x_t, timestep=draws.timesteps, class_labels=labels).sample
+    return diffusion_loss(output, x_0, draws.noise, draws.timesteps, scheduler, snr_gamma)
+
+
+def write(path: Path, save) -> Path:
+    """Calls `save` with a temporary path that then becomes `path`: a file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG")
+    partial = path.with_name(f"partial-{path.name}")
+    save(partial)
     partial.rename(path)
     return path
 
 
+def draw_losses(history: dict[str, list], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, points in history.items():
+        if points:
+            axis.plot(*zip(*points, strict=True), label=name, alpha=0.8)
+    axis.set_xlabel("step"), axis.set_ylabel("loss"), axis.set_yscale("log"), axis.legend(), axis.grid(alpha=0.3)
+    figure.tight_layout()
+    write(path, figure.savefig)
+    plt.close(figure)
+
+
+def grid_over_time(grids: list[Path], rows: int) -> PIL.Image.Image:
+    """The first picture of each class, one row of them per grid."""
+    pictures = []
+    for path in grids:
+        grid = PIL.Image.open(path)
+        side = grid.height // rows
+        pictures += [grid.crop((0, i * side, side, (i + 1) * side)) for i in range(rows)]
+    return make_image_grid(pictures, len(grids), rows)
+
+
 def main(args: argparse.Namespace) -> Result:
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir / "logs",
     )
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiTPipeline.from_pretrained(
@@ -175,7 +292,7 @@ def main(args: argparse.Namespace) -> Result:
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False)
-    resolution = checked_resolution(pipe, args.resolution)
+    resolution, sample_size = sample_size_for(pipe, args.resolution)
     data = load_labelled_images(
         args.dataset_name,
         args.train_data_dir,
@@ -192,53 +309,60 @@ def main(args: argparse.Namespace) -> Result:
         classes = [data.class_index(label) for label in args.validation_labels]
     else:
         classes = list(range(0, len(data.class_names), math.ceil(len(data.class_names) / 4)))
-    accelerator.print(f"{len(data)} images in {len(data.class_names)} classes, at {resolution}x{resolution}")
-
     cache = Path(args.cache_dir) if args.cache_dir else cached_assets_path("difffit_peft", "latents")
     with accelerator.main_process_first():
-        mean, std = encode_latents(
-            pipe.vae, data.images, resolution, cache, args.random_flip, num_workers=args.dataloader_num_workers
+        dataset = encode_latents(
+            pipe.vae,
+            data,
+            resolution,
+            cache,
+            random_flip=args.random_flip,
+            skip_broken_images=args.skip_broken_images,
+            background=args.background,
+            num_workers=args.dataloader_num_workers,
         )
+    train_set, held_out = split(dataset, args.num_held_out_images, args.seed)
 
-    # From here on random numbers count: a run that finds its latents in the cache goes like one that encodes them.
     set_seed(args.seed)
     same_classes = data.classes_agree(pipe.labels)
-    accelerator.print(
-        "Classes start from the base's own rows: it knows each of them by the same name and index."
-        if same_classes
-        else "Classes start from the base's null row: its classes are others."
-    )
     config = DiffFitConfig(
         id2label=dict(enumerate(data.class_names)),
         init_class_rows="base" if same_classes else "null",
         gamma_modules=args.gamma_modules,
         gamma_layers=args.gamma_layers,
+        sample_size=sample_size,
     )
+    for module in pipe.transformer.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # labels are dropped below, by draws that depend on the step alone
+    base = fingerprint(pipe.transformer)
     base_parameters = sum(p.numel() for p in pipe.transformer.parameters())
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
     model = get_peft_model(pipe.transformer, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained_parameters = sum(p.numel() for p in parameters)
     trained_share = trained_parameters / base_parameters
-    accelerator.print(
-        f"Training {trained_parameters:,} parameters, {trained_share:.3%} of the base's {base_parameters:,}"
-    )
 
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps
-    total_steps = args.max_train_steps or math.ceil(
-        args.num_train_epochs * len(data) / (samples_per_step * accelerator.num_processes)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_set) / samples_per_step)
+    accelerator.print(
+        f"{len(train_set)} images in {len(data.class_names)} classes at {resolution}x{resolution}, "
+        f"{len(held_out)} more held out for the validation loss\n"
+        + (
+            "Classes start from the base's own rows: it knows each of them by the same name and index.\n"
+            if same_classes
+            else "Classes start from the base's null row: its classes are others.\n"
+        )
+        + f"Training {trained_parameters:,} parameters, {trained_share:.3%} of the base's {base_parameters:,}, in "
+        f"{args.mixed_precision.replace('no', 'fp32')}: {total_steps} steps of {samples_per_step} images, AdamW at "
+        f"{args.learning_rate:g}"
     )
-    dataset = LatentDataset(mean, std, data.labels)
     # One pass over the sampler is the whole run, a new order each epoch: every batch is full, however few the images.
-    num_samples = total_steps * samples_per_step * accelerator.num_processes
-    order = RandomSampler(dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
-    loader = DataLoader(dataset, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    num_samples = total_steps * samples_per_step
+    order = RandomSampler(train_set, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
+    loader = DataLoader(train_set, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
+    optimizer = make_optimizer(parameters, args)
     schedule = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
         optimizer,
@@ -246,58 +370,139 @@ def main(args: argparse.Namespace) -> Result:
         num_training_steps=total_steps * accelerator.num_processes,
     )
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    forward = torch.compile(model) if args.torch_compile else model
     ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
     pipe.transformer = accelerator.unwrap_model(model)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    grids: list[Path] = []
 
-    def validate(step: int) -> None:
-        if args.num_validation_images > 0 and accelerator.is_main_process:
-            with averaged_weights(ema, parameters):
+    run = {
+        "data": dataset.key,
+        "labels": zlib.crc32(dataset.labels.numpy().tobytes()),
+        "classes": data.class_names,
+        "base": base,
+        "held_out_images": len(held_out),
+        "processes": accelerator.num_processes,
+        "gamma_modules": args.gamma_modules,
+        "gamma_layers": args.gamma_layers,
+        "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
+    } | {name: getattr(args, name) for name in SETTINGS}
+    step, average = 0, None
+    history: dict[str, list] = {"training": [], "validation": []}
+    if args.resume_from_checkpoint:
+        path = Path(args.resume_from_checkpoint)
+        if args.resume_from_checkpoint == "latest":
+            path = next(reversed(checkpoints(args.output_dir)), None)
+        if path is None:
+            accelerator.print(f"There is no checkpoint in {args.output_dir}: starting from the beginning.")
+        else:
+            state = load_checkpoint(path, run)
+            with torch.no_grad():
+                for parameter, value in zip(parameters, state["parameters"], strict=True):
+                    parameter.copy_(value)
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            if ema is not None:
+                ema.load_state_dict(state["ema"])
+                ema.to(accelerator.device)
+            step, average, history = state["step"], state["average"], state["history"]
+            accelerator.print(f"Resuming from {path}, after step {step}")
+    if args.report_to != "none":
+        settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("difffit", config=settings)
+
+    def checkpoint() -> None:
+        if accelerator.is_main_process:
+            state = {
+                "parameters": [parameter.detach() for parameter in parameters],
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "ema": ema.state_dict() if ema is not None else None,
+                "step": step,
+                "average": average,
+                "history": history,
+            }
+            save_checkpoint(args.output_dir, step, state, run, args.checkpoints_total_limit)
+
+    def validate() -> None:
+        if not accelerator.is_main_process:
+            return
+        with averaged_weights(ema, parameters):
+            if len(held_out):
+                loss = validation_loss(pipe, held_out, noise_scheduler, args)
+                history["validation"].append((step, loss))
+                accelerator.log({"validation_loss": loss}, step=step)
+            if args.num_validation_images > 0:
                 grid = sample_grid(pipe, classes, args)
-            grids.append(write_image(grid, args.output_dir / "validation" / f"step-{step:06d}.png"))
+                path = args.output_dir / "validation" / f"step-{step:06d}.png"
+                write(path, lambda partial: grid.save(partial, format="PNG"))
 
-    validate(0)
+    # Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
+    signals: list[int] = []
+    handlers = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in (SIGINT, SIGTERM)}
+    if step == 0:
+        validate()
     model.train()
-    bar = tqdm(total=total_steps, desc="Training", disable=not accelerator.is_local_main_process)
-    step, average, micro_losses, seconds = 0, None, [], []
+    bar = tqdm(total=total_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
+    micro_losses, seconds = [], []
     start = time.perf_counter()
-    for mean, std, labels in loader:
-        with accelerator.accumulate(model):
-            x_0 = sample_latents(mean, std)
-            noise = torch.randn_like(x_0)
-            timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, labels.shape, device=x_0.device)
-            x_t = noise_scheduler.add_noise(x_0, noise, timesteps)
-            output = model(x_t, timestep=timesteps, class_labels=labels).sample
-            loss = diffusion_loss(output, x_0, noise, timesteps, noise_scheduler, args.snr_gamma).mean()
-            micro_losses.append(loss.item())
-            if not math.isfinite(micro_losses[-1]):
-                raise RuntimeError(
-                    f"The loss is {micro_losses[-1]} at step {step + 1}, so the run stops and saves no adapter: "
-                    "lower --learning_rate, or train with --mixed_precision no or bf16."
-                )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        if ema is not None:
-            ema.step(parameters)
-        loss_of_step = statistics.fmean(micro_losses)
-        average = loss_of_step if average is None else 0.99 * average + 0.01 * loss_of_step
-        micro_losses.clear()
-        seconds.append(time.perf_counter() - start)
-        bar.set_postfix(loss=f"{average:.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}")
-        bar.update()
-        if step % args.validation_steps == 0 and step < total_steps:
-            validate(step)
-        start = time.perf_counter()
-    bar.close()
-    validate(total_steps)
+    done = step * args.gradient_accumulation_steps
+    null_class = pipe.transformer.config.num_embeds_ada_norm
+    try:
+        for batch, (mean, std, labels) in enumerate(skip_first_batches(loader, done), start=done):
+            draws = draw(
+                args.seed,
+                batch,
+                mean.shape,
+                noise_scheduler.config.num_train_timesteps,
+                process=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                device=accelerator.device,
+            )
+            labels = torch.where(draws.dropped, null_class, labels)
+            with accelerator.accumulate(model):
+                loss = denoising_loss(forward, mean, std, labels, draws, noise_scheduler, args.snr_gamma).mean()
+                # the loss, and whether a process was told to stop: all must know, to stop together
+                told = torch.tensor([loss.detach(), float(bool(signals))], device=accelerator.device)
+                loss_of_batch, stop = accelerator.reduce(told, reduction="mean").tolist()
+                micro_losses.append(loss_of_batch)
+                if not math.isfinite(loss_of_batch):
+                    last = next((f" The last checkpoint is {p}." for p in reversed(checkpoints(args.output_dir))), "")
+                    raise RuntimeError(
+                        f"The loss is {loss_of_batch} at step {step + 1}, so the run stops and saves no adapter: "
+                        f"lower --learning_rate, or train with --mixed_precision no or bf16.{last}"
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if ema is not None:
+                ema.step(parameters)
+            loss_of_step = statistics.fmean(micro_losses)
+            average = loss_of_step if average is None else 0.99 * average + 0.01 * loss_of_step
+            micro_losses.clear()
+            seconds.append(time.perf_counter() - start)
+            bar.set_postfix(loss=f"{average:.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}")
+            bar.update()
+            history["training"].append((step, average))
+            accelerator.log({"loss": loss_of_step, "lr": schedule.get_last_lr()[0]}, step=step)
+            if step % args.validation_steps == 0 or step == total_steps:
+                validate()
+            if step % args.checkpointing_steps == 0 or stop:
+                checkpoint()
+            if stop:
+                accelerator.print(f"\nStopped after step {step}; go on with --resume_from_checkpoint latest")
+                accelerator.end_training()
+                raise SystemExit(0)
+            start = time.perf_counter()
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -308,22 +513,35 @@ def main(args: argparse.Namespace) -> Result:
                 file.replace(args.output_dir / file.name)
     accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
+    on_gpu = accelerator.device.type == "cuda"
     result = Result(
         output_dir=args.output_dir,
         adapter_bytes=adapter.stat().st_size,
         trained_parameters=trained_parameters,
         trained_share=trained_share,
         steps=step,
-        seconds_per_step=statistics.median(seconds[2:] or seconds),
+        seconds_per_step=statistics.median(seconds[2:] or seconds or [0.0]),
         loss=average,
-        grids=grids,
+        validation_loss=history["validation"][-1][1] if history["validation"] else None,
+        peak_memory_bytes=torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        grids=sorted((args.output_dir / "validation").glob("step-*.png")),
     )
-    accelerator.print(
-        f"{adapter}: {result.adapter_bytes:,} bytes, {trained_parameters:,} parameters, "
-        f"{trained_share:.3%} of the base's\n{step} steps at {result.seconds_per_step:.3f} s, loss {average:.4f}"
-    )
-    for path in grids:
-        accelerator.print(path)
+    if accelerator.is_main_process:
+        draw_losses(history, args.output_dir / "loss.png")
+        if result.grids:
+            picture = grid_over_time(result.grids, len(classes))
+            write(args.output_dir / "validation.png", lambda partial: picture.save(partial, format="PNG"))
+        summary = json.dumps(asdict(result), indent=2, default=str)
+        write(args.output_dir / "summary.json", lambda partial: partial.write_text(summary))
+        shown = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
+        accelerator.print(
+            f"{adapter}: {result.adapter_bytes:,} bytes, {trained_parameters:,} parameters, "
+            f"{trained_share:.3%} of the base's\n{step} steps at {result.seconds_per_step:.3f} s, loss "
+            f"{average:.4f}{shown}, peak memory {result.peak_memory_bytes / 2**30:.1f} GiB\n"
+            f"Pictures: {args.output_dir}/loss.png" + (f", {args.output_dir}/validation.png" if result.grids else "")
+        )
     accelerator.end_training()
     return result
 

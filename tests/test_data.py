@@ -2,6 +2,10 @@
 
 import io
 import os
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -18,10 +22,12 @@ from difffit_peft.training.data import (
     encode_latents,
     latents_key,
     load_labelled_images,
+    parse_colour,
     sample_latents,
     to_pixels,
     to_rgb,
 )
+from difffit_peft.training.draws import draw
 
 SIDE = 16
 
@@ -79,6 +85,20 @@ def test_transparency_is_composited_on_white():
     rgb = to_rgb(rgba)
     assert rgb.mode == "RGB"
     assert [rgb.getpixel(at) for at in [(0, 0), (1, 0), (2, 0)]] == [(255, 0, 0), (127, 127, 127), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("colour", ["orange", "#ffa500"])
+def test_transparency_is_composited_on_another_colour(colour):
+    assert parse_colour(colour) == (255, 165, 0)
+    for image in (PIL.Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0)), PIL.Image.new("LA", (SIDE, SIDE), (0, 0))):
+        assert to_rgb(image, colour).getpixel((0, 0)) == (255, 165, 0)
+        assert to_pixels(image, SIDE, colour)[:, 0, 0].tolist() == pytest.approx([1, 165 / 127.5 - 1, -1])
+
+
+@pytest.mark.parametrize("colour", ["sky", "", "ffffff", "#ffffff80"])
+def test_unknown_colours_are_refused(colour):
+    with pytest.raises(ValueError, match=f"background is '{colour}', which is no colour.*#rrggbb"):
+        parse_colour(colour)
 
 
 def test_a_transparent_palette_colour_is_white():
@@ -309,22 +329,101 @@ def test_refuses_more_classes_than_the_base_has(tmp_path, load):
         load(folder, max_classes=2)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_is_named(tmp_path, load, vae, workers):
+# Broken images
+
+
+def cached(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Four images, of which bee/0.png is cut off and ant/1.png is empty."""
     folder = write_folder(tmp_path / "images")
-    broken = folder / "bee" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"bee/1.png \(row 3\) cannot be read.*Repair or remove it"):
-        encode_latents(vae, load(folder).images, SIDE, tmp_path / "latents", num_workers=workers)
-    assert not (tmp_path / "latents").exists()
+    cut(folder / "bee" / "0.png")
+    (folder / "ant" / "1.png").write_bytes(b"")
+    return folder
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", None])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_broken_files_are_named(tmp_path, load, vae, broken_folder, workers):
+    with pytest.raises(ValueError, match="2 of 4 images cannot be read") as error:
+        encode_latents(vae, load(broken_folder), SIDE, tmp_path / "latents", batch_size=1, num_workers=workers)
+    assert f"{broken_folder}/ant/1.png (row 1): it is empty, or no image\n" in str(error.value)
+    assert f"{broken_folder}/bee/0.png (row 2): " in str(error.value)
+    assert "ant/0.png" not in str(error.value)
+    assert "--skip_broken_images (skip_broken_images=True)" in str(error.value)
+    assert cached(tmp_path / "latents") == []
+
+
+def test_twenty_broken_images_are_named_and_all_are_counted(tmp_path, load, vae):
+    images = [png(picture())] + [b"no image"] * 22
+    path = write_parquet(tmp_path / "data.parquet", ["ant"] * 23, Value("string"), images)
+    with pytest.raises(ValueError, match="22 of 23 images cannot be read") as error:
+        encode_latents(vae, load(path), SIDE, tmp_path / "latents")
+    assert "row 20: " in str(error.value) and "row 21: " not in str(error.value)
+    assert "and 2 more" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", png(picture())[:100], None])
 def test_a_broken_row_is_named(tmp_path, load, vae, content):
-    images = [png(picture()), png(picture())[:100] if content is None else content]
-    path = write_parquet(tmp_path / "data.parquet", ["ant", "bee"], Value("string"), images)
-    with pytest.raises(ValueError, match="row 1 cannot be read"):
-        encode_latents(vae, load(path).images, SIDE, tmp_path / "latents")
+    rows = {"image": [png(picture()), content], "label": ["ant", "bee"]}
+    features = Features({"image": Value("binary"), "label": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="1 of 2 images cannot be read:\n  row 1: "):
+        encode_latents(vae, load(tmp_path / "data.parquet"), SIDE, tmp_path / "latents")
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 1)])
+def test_broken_images_are_left_out(tmp_path, load, vae, broken_folder, caplog, batch_size, workers):
+    """Also from the cache, and where that takes a class's last image."""
+    cut(broken_folder / "bee" / "1.png")
+    picture(7).save(broken_folder / "ant" / "2.png")
+    data, options = load(broken_folder), {"skip_broken_images": True, "batch_size": batch_size, "num_workers": workers}
+    dataset = encode_latents(vae, data, SIDE, tmp_path / "latents", **options)
+    assert dataset.labels.tolist() == [0, 0]
+    whole = load_labelled_images(train_data_dir=write_folder(tmp_path / "whole", ["ant"]), cache_dir=tmp_path / "cache")
+    picture(7).save(tmp_path / "whole" / "ant" / "1.png")
+    expected = encode_latents(vae, whole, SIDE, tmp_path / "latents")
+    for name in ("mean", "std"):
+        assert getattr(dataset, name).shape == (2, 2, 4, SIDE // 2, SIDE // 2)
+        torch.testing.assert_close(getattr(dataset, name), getattr(expected, name), rtol=1e-2, atol=1e-3)
+
+    assert "3 of 5 images cannot be read" in caplog.text and "left out" in caplog.text
+    assert all(name in caplog.text for name in ("ant/1.png", "bee/0.png", "bee/1.png"))
+    warned = caplog.text
+    caplog.clear()
+    (broken_folder / "ant" / "0.png").unlink()  # encoding again would leave it out too
+    again = encode_latents(vae, data, SIDE, tmp_path / "latents", **options)
+    assert torch.equal(again.mean, dataset.mean) and torch.equal(again.std, dataset.std)
+    assert torch.equal(again.labels, dataset.labels)
+    assert caplog.messages[0] in warned
+
+
+def test_a_cache_that_leaves_images_out_is_not_used_for_all(tmp_path, load, vae, broken_folder):
+    data = load(broken_folder)
+    with pytest.raises(ValueError) as first:
+        encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert len(encode_latents(vae, data, SIDE, tmp_path / "latents", skip_broken_images=True)) == 2
+    with pytest.raises(ValueError) as second:
+        encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert str(first.value) == str(second.value)
+    for name in ("ant/1.png", "bee/0.png"):
+        picture(3).save(broken_folder / name)
+    for skip in (False, True):
+        assert len(encode_latents(vae, data, SIDE, tmp_path / "latents", skip_broken_images=skip)) == 4
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_refuses_when_all_images_are_broken(tmp_path, load, vae, skip):
+    path = write_parquet(tmp_path / "data.parquet", ["ant", "bee"], Value("string"), [b"", b"no image"])
+    with pytest.raises(ValueError, match="2 of 2 images cannot be read(.|\n)*None is left"):
+        encode_latents(vae, load(path), SIDE, tmp_path / "latents", skip_broken_images=skip)
+    assert cached(tmp_path / "latents") == []
 
 
 # Latents
@@ -332,40 +431,79 @@ def test_a_broken_row_is_named(tmp_path, load, vae, content):
 
 @torch.no_grad()
 def test_latents_are_the_scaled_posterior_of_both_views(tmp_path, load, vae):
-    data = load(write_folder(tmp_path / "images", ["ant"], count=3))
-    mean, std = encode_latents(vae, data.images, SIDE, tmp_path, batch_size=2)
-    assert mean.shape == std.shape == (2, 3, 4, SIDE // 2, SIDE // 2)
-    for row in range(3):
-        pixels = to_pixels(picture(row), SIDE)[None]
+    data = load(write_folder(tmp_path / "images", ["ant", "bee"], count=3))
+    dataset = encode_latents(vae, data, SIDE, tmp_path, batch_size=4)
+    assert dataset.mean.shape == dataset.std.shape == (2, 6, 4, SIDE // 2, SIDE // 2)
+    assert dataset.mean.dtype == dataset.std.dtype == torch.float16
+    assert torch.equal(dataset.labels, data.labels)
+    for row, (mean, std, _) in enumerate(dataset):
+        pixels = to_pixels(picture(row % 3), SIDE)[None]
         for view, seen in enumerate([pixels, pixels.flip(-1)]):
             posterior = vae.encode(seen).latent_dist
-            torch.testing.assert_close(mean[view, row].float(), 0.5 * posterior.mean[0], rtol=2e-3, atol=1e-4)
-            torch.testing.assert_close(std[view, row].float(), 0.5 * posterior.std[0], rtol=2e-3, atol=1e-4)
-    assert len(encode_latents(vae, data.images, SIDE, tmp_path, random_flip=False)[0]) == 1
+            torch.testing.assert_close(mean[view].float(), 0.5 * posterior.mean[0], rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(std[view].float(), 0.5 * posterior.std[0], rtol=2e-3, atol=1e-4)
+    assert len(encode_latents(vae, data, SIDE, tmp_path, random_flip=False).mean) == 1
 
 
-def cached(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+@torch.no_grad()
+def test_latents_show_the_background(tmp_path, load, vae):
+    images = [png(PIL.Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0)))]
+    data = load(write_parquet(tmp_path / "data.parquet", ["ant"], Value("string"), images))
+    mean, _, _ = encode_latents(vae, data, SIDE, tmp_path, background="blue")[0]
+    pixels = torch.tensor([-1.0, -1, 1]).view(1, 3, 1, 1).expand(-1, -1, SIDE, SIDE)
+    torch.testing.assert_close(mean[0].float(), 0.5 * vae.encode(pixels).latent_dist.mean[0], rtol=2e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="'sky', which is no colour"):
+        encode_latents(vae, data, SIDE, tmp_path / "other", background="sky")
+    assert not (tmp_path / "other").exists()
 
 
-def test_cached_latents_are_used(tmp_path, load, vae, monkeypatch):
+def test_cached_latents_are_used(tmp_path, load, vae):
     data = load(write_folder(tmp_path / "images"))
-    mean, std = encode_latents(vae, data.images, SIDE, tmp_path / "latents")
-    assert cached(tmp_path / "latents") == [f"latents-{latents_key(vae, data.images, SIDE, True)}.safetensors"]
+    dataset = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert dataset.key == latents_key(vae, data.images, SIDE, True)
+    assert cached(tmp_path / "latents") == [f"latents-{dataset.key}"]
     for path in (tmp_path / "images").rglob("*.png"):  # decoding again would fail
         path.unlink()
-    again = encode_latents(vae, data.images, SIDE, tmp_path / "latents")
-    assert torch.equal(again[0], mean) and torch.equal(again[1], std)
+    again = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert torch.equal(again.mean, dataset.mean) and torch.equal(again.std, dataset.std)
+    assert again.key == dataset.key
+
+
+def test_latents_stay_on_disk(tmp_path, load, vae):
+    data = load(write_folder(tmp_path / "images"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        dataset = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert dataset.mean.ne(0).any()
+    file = tmp_path / "latents" / f"latents-{dataset.key}" / "latents.bin"
+    with open(file, "r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert dataset.mean.eq(0).all() and dataset.std.eq(0).all()
+
+
+def test_worker_processes_map_latents_again(tmp_path, load, vae):
+    data = load(write_folder(tmp_path / "images", count=40))
+    dataset = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 4000 < dataset.mean.nbytes
+    again = pickle.loads(pickled)
+    assert torch.equal(again.mean, dataset.mean) and torch.equal(again.std, dataset.std)
+    assert torch.equal(again.labels, dataset.labels) and again.key == dataset.key
+    means, stds, labels = zip(*DataLoader(dataset, 32, num_workers=2), strict=True)
+    assert torch.equal(torch.cat(means), dataset.mean.transpose(0, 1))
+    assert torch.equal(torch.cat(stds), dataset.std.transpose(0, 1))
+    assert torch.equal(torch.cat(labels), dataset.labels)
 
 
 def test_the_key_holds_all_that_shapes_latents(tmp_path, load, vae):
     folder = write_folder(tmp_path / "images")
     images = load(folder).images
     key = latents_key(vae, images, SIDE, True)
-    assert latents_key(vae, load(folder).images, SIDE, True) == key
+    assert latents_key(vae, load(folder).images, SIDE, True, "#ffffff") == key
     other = AutoencoderKL.from_config(vae.config)
     keys = [latents_key(vae, images, 2 * SIDE, True), latents_key(vae, images, SIDE, False)]
     keys += [latents_key(other, images, SIDE, True), latents_key(vae, images.select([1, 0]), SIDE, True)]
+    keys.append(latents_key(vae, images, SIDE, True, "black"))
     other.load_state_dict(vae.state_dict())
     assert latents_key(other, images, SIDE, True) == key
     other.register_to_config(scaling_factor=0.25)
@@ -375,30 +513,62 @@ def test_the_key_holds_all_that_shapes_latents(tmp_path, load, vae):
     assert len({key, *keys}) == 1 + len(keys)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "other shape"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other shape", "no description", "no dictionary"])
 def test_a_damaged_cache_is_written_anew(tmp_path, load, vae, damage, caplog):
-    images = load(write_folder(tmp_path / "images")).images
-    mean, _ = encode_latents(vae, images, SIDE, tmp_path / "latents")
-    expected = mean.clone()  # the file behind it is about to change
-    (path,) = (tmp_path / "latents").iterdir()
-    whole = path.read_bytes()
-    if damage == "other shape":
-        encode_latents(vae, images.select([0]), SIDE, tmp_path / "fewer")
-        (tmp_path / "fewer").joinpath(*cached(tmp_path / "fewer")).replace(path)
-    else:
+    data = load(write_folder(tmp_path / "images"))
+    dataset = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    folder = tmp_path / "latents" / f"latents-{dataset.key}"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    latents = folder / "latents.bin"
+    for path in folder.iterdir():  # what is mapped stays as it is
         path.unlink()
-        path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
-    assert torch.equal(encode_latents(vae, images, SIDE, tmp_path / "latents")[0], expected)
+        path.write_bytes(whole[path.name])
+    if damage == "other shape":
+        fewer = encode_latents(
+            vae, replace(data, images=data.images.select([0]), labels=data.labels[:1]), SIDE, tmp_path / "fewer"
+        )
+        for path in (tmp_path / "fewer" / f"latents-{fewer.key}").iterdir():
+            path.replace(folder / path.name)
+    elif damage == "no description":
+        (folder / "about.json").unlink()
+    elif damage == "no dictionary":
+        (folder / "about.json").write_text("[]")
+    else:
+        latents.write_bytes(whole["latents.bin"][: len(whole["latents.bin"]) // 2] if damage == "truncated" else b"")
+    again = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert torch.equal(again.mean, dataset.mean) and torch.equal(again.std, dataset.std)
     assert "encoding the images again" in caplog.text
-    assert path.read_bytes() == whole
-    assert cached(tmp_path / "latents") == [path.name]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert cached(tmp_path / "latents") == [folder.name]
+
+
+def test_what_a_killed_encoder_left_is_removed(tmp_path, load, vae):
+    data = load(write_folder(tmp_path / "images"))
+    expected = encode_latents(vae, data, SIDE, tmp_path / "whole")
+    left = tmp_path / "latents" / f"latents-{expected.key}.partial"
+    left.mkdir(parents=True)
+    for name in ("latents.bin", "more.bin"):
+        (left / name).write_bytes(b"half")
+    assert torch.equal(encode_latents(vae, data, SIDE, tmp_path / "latents").mean, expected.mean)
+    assert cached(tmp_path / "latents") == [f"latents-{expected.key}"]
+
+
+def test_two_encoders_at_once(tmp_path, load, vae, capfd):
+    data = load(write_folder(tmp_path / "images", count=20))
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(encode_latents, vae, data, SIDE, tmp_path / "latents", batch_size=1) for _ in range(2)]
+        first, second = (run.result() for run in runs)
+    assert torch.equal(first.mean, second.mean) and torch.equal(first.std, second.std)
+    assert capfd.readouterr().err.count("Encoding images: 100%") == 1  # the other waited
+    assert cached(tmp_path / "latents") == [f"latents-{first.key}"]
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path, load, vae):
     broken = AutoencoderKL.from_config(vae.config)
     broken.quant_conv.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="not finite for rows 0 to 1"):
-        encode_latents(broken, load(write_folder(tmp_path / "images", ["ant"])).images, SIDE, tmp_path / "latents")
+        encode_latents(broken, load(write_folder(tmp_path / "images", ["ant"])), SIDE, tmp_path / "latents")
+    assert cached(tmp_path / "latents") == []
 
 
 def test_samples_draw_views_and_posterior():
@@ -409,7 +579,8 @@ def test_samples_draw_views_and_posterior():
     assert len(dataset) == 3
     means, stds, labels = next(iter(DataLoader(dataset, 600, sampler=[1, 2] * 300)))
     assert labels.tolist() == [5, 6] * 300
-    samples = sample_latents(means, stds)
+    draws = draw(0, 3, means.shape, 1000)
+    samples = sample_latents(means, stds, draws.view, draws.posterior)
     assert samples.shape == (600, 2, 1, 1) and samples.dtype == torch.float32
     samples = samples.flatten(1) - 100 * (labels - 4).view(-1, 1)
     mirrored = samples[:, 0] > 0
@@ -425,3 +596,16 @@ def test_dataset_refuses_other_shapes():
         LatentDataset(mean, mean, torch.zeros(2))
     with pytest.raises(ValueError, match=r"std \(2, 3, 4, 2, 2\)"):
         LatentDataset(mean, mean.expand(2, -1, -1, -1, -1), torch.zeros(3))
+
+
+def test_draws_depend_on_the_seed_and_the_step_alone():
+    whole, again, other = (draw(seed, 5, (6, 2, 4, 3, 3), 1000) for seed in (1, 1, 2))
+    halves = [draw(1, 5, (3, 2, 4, 3, 3), 1000, process=process, num_processes=2) for process in (0, 1)]
+    for name in ("view", "posterior", "noise", "timesteps", "dropped"):
+        assert torch.equal(getattr(whole, name), getattr(again, name))
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+    assert not torch.equal(whole.noise, other.noise) and not torch.equal(
+        whole.noise, draw(1, 6, (6, 2, 4, 3, 3), 9).noise
+    )
+    dropped = draw(0, 0, (10_000, 1, 1, 1, 1), 1000).dropped
+    assert 0.09 < dropped.float().mean() < 0.11

@@ -1,6 +1,13 @@
 """`examples/train_difffit.py` from a folder of images to an adapter that loads."""
 
 import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +19,8 @@ from conftest import make_pipeline
 from diffusers import DiTPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
+
+from difffit_peft.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_difffit.py"
 CLASSES = ["ant", "bee", "cow"]
@@ -40,10 +49,15 @@ def workdir(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script, workdir: Path, output: str, *flags: str, base: str = "base"):
+def arguments(workdir: Path, output: str, base: str = "base") -> list[str]:
     argv = ["--pretrained_model_name_or_path", str(workdir / base), "--train_data_dir", str(workdir / "images")]
     argv += ["--output_dir", str(workdir / output), "--cache_dir", str(workdir / "cache")]
     argv += ["--train_batch_size", "4", "--max_train_steps", str(STEPS), "--num_inference_steps", "2"]
+    return argv + ["--mixed_precision", "no", "--report_to", "none"]
+
+
+def run(script, workdir: Path, output: str, *flags: str, base: str = "base"):
+    argv = arguments(workdir, output, base)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for as long as the process lives
     return script.main(script.parse_args([*argv, *flags]))
 
@@ -142,10 +156,142 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, workdir):
     assert not (workdir / "diverged").exists()
 
 
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(script, workdir):
+    flags = ("--num_validation_images", "0", "--checkpointing_steps", "1", "--max_train_steps", "2")
+    run(script, workdir, "healthy", *flags)
+    before = {path: path.read_bytes() for path in (workdir / "healthy").rglob("*") if path.is_file()}
+    checkpoint = workdir / "healthy" / "checkpoint-2"
+    state = torch.load(checkpoint / "state.pt")
+    state["parameters"][0].fill_(float("nan"))
+    torch.save(state, checkpoint / "state.pt")
+    before[checkpoint / "state.pt"] = (checkpoint / "state.pt").read_bytes()
+    with pytest.raises(RuntimeError, match="The loss is nan at step 3.*The last checkpoint is .*checkpoint-2"):
+        run(script, workdir, "healthy", *flags, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert {path: path.read_bytes() for path in (workdir / "healthy").rglob("*") if path.is_file()} == before
+
+
+# Resuming
+
+
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
+    flags = ["--max_train_steps", "10", "--checkpointing_steps", "1", "--num_validation_images", "0"]
+    whole = run(script, workdir, "whole", *flags)
+    command = [sys.executable, str(SCRIPT), *arguments(workdir, "killed"), *flags]
+    output = workdir / "killed"
+
+    def interrupted(number: int, moment) -> int:
+        """Starts or goes on, and sends the signal when `moment()` is true."""
+        process = subprocess.Popen(
+            [*command, "--resume_from_checkpoint", "latest"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        while process.poll() is None and not moment():
+            time.sleep(0.0005)
+        process.send_signal(number)
+        return process.wait(timeout=60)
+
+    assert interrupted(signal.SIGTERM, lambda: len(checkpoints(output)) >= 1) == 0
+    after = int(checkpoints(output)[-1].name.split("-")[1])
+    assert 1 <= after < 10
+    interrupted(signal.SIGKILL, lambda: (output / f"partial-checkpoint-{after + 1}").exists())  # while writing one
+    result = run(script, workdir, "killed", *flags, "--resume_from_checkpoint", "latest")
+    adapters = [(r.output_dir / "adapter_model.safetensors").read_bytes() for r in (whole, result)]
+    assert adapters[0] == adapters[1]
+    assert len(checkpoints(output)) == 2  # --checkpoints_total_limit
+    assert not any("partial" in path.name for path in output.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--resolution", "32"], "--resolution is 32.*16"),
+        (["--learning_rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
+        (["--no-random_flip"], "data was "),
+        (["--gamma_modules", "attn1.to_q"], "gamma_modules was None and is"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    ],
+)
+def test_another_run_is_not_resumed(script, workdir, result, flags, message):
+    if not (workdir / "stopped").exists():
+        run(script, workdir, "stopped", "--checkpointing_steps", "2", "--num_validation_images", "0")
+    with pytest.raises(ValueError, match=message):
+        run(script, workdir, "stopped", "--resume_from_checkpoint", "latest", "--num_validation_images", "0", *flags)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    state, settings = {"parameters": [torch.arange(5.0)]}, {"seed": 0}
+    path = save_checkpoint(tmp_path, 1, state, settings)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # stands for the end of the disk
+        with pytest.raises((OSError, RuntimeError)):
+            save_checkpoint(tmp_path, 2, {"parameters": [torch.zeros(100_000)]}, settings, total_limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert torch.equal(load_checkpoint(path, settings)["parameters"][0], torch.arange(5.0))
+
+
+# Several processes, another resolution, what is shown
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(script, workdir):
+    flags = ["--max_train_steps", "20", "--num_validation_images", "0"]
+    alone = run(script, workdir, "alone", *flags)
+    config = ["--config_file", str(SCRIPT.parent / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
+    config += ["--main_process_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *config,
+        str(SCRIPT),
+        *arguments(workdir, "pair"),
+        *flags,
+        "--train_batch_size",
+        "2",
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (workdir / "pair", alone.output_dir))
+    # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
+    for name in [name for name in ours if "to_k.difffit_delta" not in name]:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_another_resolution(script, workdir):
+    result = run(script, workdir, "wide", "--resolution", "32", "--num_validation_images", "1")
+    assert PIL.Image.open(result.grids[-1]).size == (32, 3 * 32)
+    pipe = DiTPipeline.from_pretrained(workdir / "base")
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, result.output_dir)
+    assert pipe.transformer.peft_config["default"].sample_size == 16
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([0], num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+def test_what_a_run_leaves_to_see(script, workdir):
+    flags = ("--report_to", "tensorboard", "--num_held_out_images", "3", "--validation_steps", "2")
+    result = run(script, workdir, "seen", *flags, "--num_validation_images", "1", "--gradient_checkpointing")
+    summary = json.loads((result.output_dir / "summary.json").read_text())
+    assert summary["trained_parameters"] == result.trained_parameters and summary["peak_memory_bytes"] > 2**20
+    assert summary["validation_loss"] == result.validation_loss > 0
+    assert PIL.Image.open(result.output_dir / "loss.png").size[0] > 100
+    assert PIL.Image.open(result.output_dir / "validation.png").size == (3 * 16, 3 * 16)  # three grids, three classes
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(result.output_dir / "logs" / "difffit")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("validation_loss")] == [0, 2, 4]
+    assert events.Scalars("validation_loss")[-1].value == pytest.approx(result.validation_loss)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution", "30"], "--resolution is 30.*multiples of 4: 28 or 32"),
+        (["--num_held_out_images", "12"], "--num_held_out_images is 12: it must be 0 to 11"),
         (["--validation_labels", "beee"], "'beee' is no class.*Did you mean 'bee'"),
         (["--label_column", "class"], "label_column is 'class'.*'image', 'label'"),
         (["--dataset_name", "also/given"], "exactly one"),

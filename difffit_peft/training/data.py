@@ -1,36 +1,40 @@
 """Labelled images for a training loop, as VAE latents that are encoded once and kept on disk.
 
 data = load_labelled_images(train_data_dir="my_images", max_classes=1000)
-mean, std = encode_latents(pipe.vae, data.images, resolution=256, cache_dir="cache")
-dataset = LatentDataset(mean, std, data.labels)
+dataset = encode_latents(pipe.vae, data, resolution=256, cache_dir="cache")
 """
 
 import glob
 import hashlib
 import json
 import logging
+import math
 import os
+import shutil
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import PIL.ImageOps
 import torch
 from datasets import ClassLabel, Image, Value, load_dataset
 from datasets import Dataset as Table
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 1  # part of the cache's key: raise it when the pixels or the file's layout change
+_CACHE_FORMAT = 2  # part of the cache's key: raise it when the pixels or the files' layout change
 _STRINGS = ("string", "large_string")
 
 
@@ -224,8 +228,23 @@ def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any image as 8-bit RGB: turned as its EXIF says, transparency composited on white, 16 bits reduced to 8."""
+def parse_colour(name: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour that is a name Pillow knows, or #rrggbb; another is a `ValueError`."""
+    try:
+        colour = PIL.ImageColor.getrgb(name)
+    except ValueError:
+        colour = (0, 0, 0, 0)
+    if len(colour) != 3:
+        raise ValueError(f"background is {name!r}, which is no colour: give a name such as white, or #rrggbb.")
+    return colour
+
+
+def to_rgb(image: PIL.Image.Image, background: str = "white") -> PIL.Image.Image:
+    """Any image as 8-bit RGB: turned as its EXIF says, 16 bits reduced to 8, transparency composited on `background`.
+
+    Raises:
+        ValueError: if the pixels are floating point numbers, or `background` is no colour.
+    """
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating point numbers, whose range is unknown: convert it to 8 or 16 bits")
@@ -233,37 +252,98 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, parse_colour(background)), image)
     return image.convert("RGB")
 
 
-def to_pixels(image: PIL.Image.Image, resolution: int) -> Tensor:
-    """The centre of an image as float32 of shape (3, resolution, resolution), in [-1, 1]."""
-    image = center_crop(to_rgb(image), resolution)
+def to_pixels(image: PIL.Image.Image, resolution: int, background: str = "white") -> Tensor:
+    """The centre of an image as float32 of shape (3, resolution, resolution), in [-1, 1]. Raises as `to_rgb` does."""
+    image = center_crop(to_rgb(image, background), resolution)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class _PixelDataset(Dataset):
-    def __init__(self, images: Table, resolution: int):
-        self.images, self.resolution = images, resolution
+    """Pixels of shape (3, resolution, resolution); of a broken image, a line that names it and the reason."""
+
+    def __init__(self, images: Table, resolution: int, background: str):
+        self.images, self.resolution, self.background = images, resolution, background
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> Tensor:
-        value = self.images[row]["image"]
+    def __getitem__(self, row: int) -> Tensor | str:
+        value = self.images[row]["image"] or {"path": None, "bytes": b""}
         try:
-            return to_pixels(Image().decode_example(value), self.resolution)
+            return to_pixels(Image().decode_example(value), self.resolution, self.background)
+        except PIL.UnidentifiedImageError:
+            reason = "it is empty, or no image"
         except Exception as error:  # Pillow raises a dozen types for broken files
-            path = value.get("path") if isinstance(value, dict) else None
-            name = f"Image {path} (row {row})" if path else f"The image of row {row}"
-            raise ValueError(f"{name} cannot be read: {error}. Repair or remove it.") from error
+            reason = str(error) or type(error).__name__
+        return f"{value['path']} (row {row}): {reason}" if value["path"] else f"row {row}: {reason}"
+
+    def broken(self, rows: Iterable[int]) -> dict[int, str]:
+        """Those of the rows that cannot be read, with their lines."""
+        items = ((row, self[row]) for row in rows)
+        return {row: item for row, item in items if isinstance(item, str)}
 
 
-def latents_key(vae: AutoencoderKL, images: Table, resolution: int, random_flip: bool) -> str:
-    """A hash of what shapes the latents: images, resolution, mirroring, and the VAE's config and weights."""
+def _collate(items: list[Tensor | str]) -> tuple[Tensor | None, list[str | None]]:
+    """A batch of the pixels, if there are any, and for every item what is wrong with it."""
+    pixels = [item for item in items if isinstance(item, Tensor)]
+    return torch.stack(pixels) if pixels else None, [item if isinstance(item, str) else None for item in items]
+
+
+class LatentDataset(Dataset):
+    """Triples of mean and std, each (views, channels, height, width) in half precision, and a class.
+
+    It draws nothing itself, so what a loop draws does not depend on how far its loader runs ahead: see `draws`.
+    The tensors that `encode_latents` gives are mapped from disk and read-only. Worker processes map them again.
+
+    Args:
+        mean: of the posteriors, shape (views, N, channels, height, width).
+        std: the same.
+        labels: shape (N,).
+        key: the `latents_key` of the images.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+
+    _folder: Path | None = None
+
+    def __init__(self, mean: Tensor, std: Tensor, labels: Tensor, key: str = ""):
+        if mean.shape != std.shape or mean.shape[1] != len(labels):
+            raise ValueError(
+                f"mean has shape {tuple(mean.shape)}, std {tuple(std.shape)}, and there are {len(labels)} labels: "
+                "mean and std need equal shapes (views, N, channels, height, width), with N labels."
+            )
+        self.mean, self.std, self.labels, self.key = mean, std, labels, key
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mean[:, row], self.std[:, row], self.labels[row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        mapped = () if self._folder is None else ("mean", "std")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._folder is not None:
+            self.mean, self.std = _map(self._folder)
+
+
+def latents_key(
+    vae: AutoencoderKL, images: Table, resolution: int, random_flip: bool, background: str = "white"
+) -> str:
+    """A hash of what shapes the latents: images, resolution, mirroring, background, and the VAE's config and weights.
+
+    Labels are no part of it. Raises `ValueError` if `background` is no colour.
+    """
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    what = [_CACHE_FORMAT, images._fingerprint, resolution, random_flip, config]
+    what = [_CACHE_FORMAT, images._fingerprint, resolution, random_flip, parse_colour(background), config]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -273,126 +353,169 @@ def latents_key(vae: AutoencoderKL, images: Table, resolution: int, random_flip:
 
 def encode_latents(
     vae: AutoencoderKL,
-    images: Table,
+    data: LabelledImages,
     resolution: int,
     cache_dir: str | os.PathLike,
+    *,
     random_flip: bool = True,
+    skip_broken_images: bool = False,
+    background: str = "white",
     batch_size: int = 16,
     num_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> LatentDataset:
     """Means and standard deviations of the VAE's posterior for every image, times its scaling factor.
 
-    They are kept in `cache_dir` in one file per `latents_key` and read from there the next time; a file that cannot
-    be read is written anew. Runs on the VAE's device and in its dtype.
+    They are kept in `cache_dir` in one folder per `latents_key` and mapped from there the next time; a folder that
+    cannot be read is written anew. Processes that need the same one wait for the first. Runs on the VAE's device and
+    in its dtype.
 
     Args:
         vae: the frozen autoencoder of the base.
-        images: `LabelledImages.images`.
+        data: N images and their labels.
         resolution: side of the square images in pixels.
-        cache_dir: folder of the cached files.
+        cache_dir: folder of the cached folders.
         random_flip: encode the mirror images too.
+        skip_broken_images: leave out images that cannot be read, and log which.
+        background: colour under transparent pixels: a name that Pillow knows, or #rrggbb.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
 
     Returns:
-        Mean and standard deviation in half precision, each of shape (views, N, channels, height, width). View 0 is
-        the image; with `random_flip`, view 1 is its mirror image.
+        `mean` and `std` in half precision, each of shape (views, N, channels, height, width), `labels` of shape (N,),
+        and `key`, the `latents_key`. View 0 is the image; with `random_flip`, view 1 is its mirror image. Images left
+        out do not count in N.
 
     Raises:
-        ValueError: naming the file or the row of an image that cannot be read.
+        ValueError: if `background` is no colour; naming the images that cannot be read, if there are any (with
+            `skip_broken_images`, if there are no others); or if the VAE gives latents that are not finite.
     """
+    key = latents_key(vae, data.images, resolution, random_flip, background)
+    folder = Path(cache_dir) / f"latents-{key}"
     views = 2 if random_flip else 1
-    path = Path(cache_dir) / f"latents-{latents_key(vae, images, resolution, random_flip)}.safetensors"
-    latents = _read(path, views, len(images))
-    if latents is None:
-        latents = _encode(vae, images, resolution, views, batch_size, num_workers)
-        _write(latents, path)
-    return latents["mean"], latents["std"]
+    pixels = _PixelDataset(data.images, resolution, background)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        broken = _read(folder, views, len(data))
+        if broken and not skip_broken_images:
+            broken = pixels.broken(broken) or None  # they may have been repaired since
+        if broken is None:
+            broken = _write(folder, vae, pixels, views, skip_broken_images, batch_size, num_workers)
+        else:
+            _report(broken, len(data), skip_broken_images)
+        mean, std = _map(folder)
+    kept = torch.tensor([row not in broken for row in range(len(data))])
+    dataset = LatentDataset(mean, std, data.labels[kept], key)
+    dataset._folder = folder
+    return dataset
+
+
+def _report(broken: dict[int, str], count: int, skip: bool) -> None:
+    if not broken:
+        return
+    lines = [f"{len(broken)} of {count} images cannot be read:", *list(broken.values())[:20]]
+    if len(broken) > 20:
+        lines.append(f"and {len(broken) - 20} more")
+    listing = "\n  ".join(lines)
+    if len(broken) == count:
+        raise ValueError(f"{listing}\nNone is left to train on.")
+    if not skip:
+        raise ValueError(
+            f"{listing}\nRepair or remove them, or leave them out with --skip_broken_images (skip_broken_images=True)."
+        )
+    logger.warning("%s\nThey are left out.", listing)
+
+
+def _write(
+    folder: Path,
+    vae: AutoencoderKL,
+    pixels: _PixelDataset,
+    views: int,
+    skip_broken_images: bool,
+    batch_size: int,
+    num_workers: int,
+) -> dict[int, str]:
+    """Encodes what can be read to `folder`, which appears whole or not at all, and returns what cannot be read."""
+    loader = DataLoader(pixels, batch_size, num_workers=num_workers, collate_fn=_collate)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by an encoder that was killed
+    partial.mkdir()
+    try:
+        with open(partial / "latents.bin", "wb") as file:
+            shape, broken = _encode(vae, loader, views, skip_broken_images, file)
+        _report(broken, len(pixels), skip_broken_images)
+        (partial / "about.json").write_text(json.dumps({"shape": shape, "broken": list(broken.items())}))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return broken
 
 
 @torch.no_grad()
 def _encode(
-    vae: AutoencoderKL, images: Table, resolution: int, views: int, batch_size: int, num_workers: int
-) -> dict[str, Tensor]:
-    loader = DataLoader(_PixelDataset(images, resolution), batch_size, num_workers=num_workers)
-    latents: dict[str, Tensor] = {}
-    with tqdm(total=len(images), desc="Encoding images", unit="image") as bar:
-        for pixels in loader:
+    vae: AutoencoderKL, loader: DataLoader, views: int, skip_broken_images: bool, file: BinaryIO
+) -> tuple[list[int], dict[int, str]]:
+    """Appends latents to a file; returns their shape, (N, 2, views, channels, height, width), and what is broken."""
+    count, shape, broken = 0, [], {}
+    with tqdm(total=len(loader.dataset), desc="Encoding images", unit="image") as bar:
+        for pixels, problems in loader:
+            rows = range(bar.n, bar.n + len(problems))
+            broken.update({row: problem for row, problem in zip(rows, problems, strict=True) if problem})
+            bar.update(len(rows))
+            if pixels is None or (broken and not skip_broken_images):
+                continue  # only to find all that is broken
             pixels = pixels.to(vae.device, vae.dtype)
-            rows = slice(bar.n, bar.n + len(pixels))
-            for view in range(views):
-                posterior = vae.encode(pixels.flip(-1) if view else pixels).latent_dist
-                for name, value in (("mean", posterior.mean), ("std", posterior.std)):
-                    value = (value.float() * vae.config.scaling_factor).half()
-                    if not value.isfinite().all():
-                        raise ValueError(
-                            f"The VAE in {vae.dtype} gives latents that are not finite for rows {rows.start} to "
-                            f"{rows.stop - 1}: load it in float32."
-                        )
-                    if name not in latents:
-                        latents[name] = torch.empty(views, len(images), *value.shape[1:], dtype=torch.float16)
-                    latents[name][view, rows] = value.cpu()
-            bar.update(len(pixels))
-    return latents
+            posteriors = [vae.encode(seen).latent_dist for seen in (pixels, pixels.flip(-1))[:views]]
+            latents = torch.stack([torch.stack([p.mean, p.std], dim=1) for p in posteriors], dim=2)
+            latents = (latents.float() * vae.config.scaling_factor).half()
+            if not latents.isfinite().all():
+                raise ValueError(
+                    f"The VAE in {vae.dtype} gives latents that are not finite for rows {rows[0]} to {rows[-1]}: "
+                    "load it in float32."
+                )
+            file.write(latents.cpu().numpy().tobytes())
+            count, shape = count + len(latents), list(latents.shape[1:])
+    return [count, *shape], broken
 
 
-def _read(path: Path, views: int, count: int) -> dict[str, Tensor] | None:
-    if not path.exists():
+def _read(folder: Path, views: int, count: int) -> dict[int, str] | None:
+    """What the cached latents leave out; `None` if there are none that can be used."""
+    if not folder.exists():
         return None
     try:
-        latents = load_file(path)
-        if all(latents[name].shape[:2] == (views, count) for name in ("mean", "std")):
-            return latents
+        about = json.loads((folder / "about.json").read_text())
+        broken = dict(about["broken"])
+        length, moments, *rest = about["shape"]
+        size = (folder / "latents.bin").stat().st_size
+        if (length, moments, rest[0], size) == (count - len(broken), 2, views, 2 * math.prod(about["shape"])):
+            return broken
         reason = "its shapes are not those of the dataset"
-    except (OSError, KeyError, SafetensorError) as error:
-        reason = str(error)
-    logger.warning("The cached latents %s cannot be used (%s); encoding the images again.", path, reason)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = repr(error)
+    logger.warning("The cached latents %s cannot be used (%s); encoding the images again.", folder, reason)
     return None
 
 
-def _write(latents: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file(latents, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _map(folder: Path) -> Tensor:
+    """The cached latents, shape (2, views, N, channels, height, width)."""
+    shape = tuple(json.loads((folder / "about.json").read_text())["shape"])
+    array = np.memmap(folder / "latents.bin", np.float16, "r", shape=shape)  # copy-on-write is limited to free memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array).permute(1, 2, 0, 3, 4, 5)
 
 
-class LatentDataset(Dataset):
-    """Triples of mean and std, each (views, channels, height, width) in half precision, and a class.
-
-    It draws nothing itself, so what a loop draws does not depend on how far its loader runs ahead: `sample_latents`.
+def sample_latents(mean: Tensor, std: Tensor, view: Tensor, noise: Tensor) -> Tensor:
+    """A latent for every sample of a batch: a draw from the posterior of one of its views.
 
     Args:
-        mean: from `encode_latents`, shape (views, N, channels, height, width).
+        mean: shape (batch, views, channels, height, width), as `LatentDataset` gives it.
         std: the same.
-        labels: shape (N,).
-    """
+        view: shape (batch,), which view to take: `Draws.view`.
+        noise: shape (batch, channels, height, width), standard normal: `Draws.posterior`.
 
-    def __init__(self, mean: Tensor, std: Tensor, labels: Tensor):
-        if mean.shape != std.shape or mean.shape[1] != len(labels):
-            raise ValueError(
-                f"mean has shape {tuple(mean.shape)}, std {tuple(std.shape)}, and there are {len(labels)} labels: "
-                "mean and std need equal shapes (views, N, channels, height, width), with N labels."
-            )
-        self.mean, self.std, self.labels = mean, std, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.mean[:, row], self.std[:, row], self.labels[row]
-
-
-def sample_latents(mean: Tensor, std: Tensor) -> Tensor:
-    """A latent for every sample of a batch: one of its views, and a draw from that view's posterior.
-
-    `mean` and `std` have shape (batch, views, channels, height, width); returns float32 of shape (batch, channels,
-    height, width), drawn from torch's global generator.
+    Returns:
+        float32 of shape (batch, channels, height, width).
     """
     rows = torch.arange(len(mean), device=mean.device)
-    views = torch.randint(mean.shape[1], rows.shape, device=mean.device)
-    mean, std = mean[rows, views].float(), std[rows, views].float()
-    return mean + std * torch.randn_like(std)
+    return mean[rows, view].float() + std[rows, view].float() * noise

@@ -166,6 +166,8 @@ def main() -> None:
                 *("--snr_gamma", "5"),  # as the base was trained
                 *("--mixed_precision", precision),
                 *("--num_validation_images", "0"),
+                *("--num_held_out_images", "0"),
+                *("--report_to", "none"),
                 "--no-random_flip",
             ]
         )

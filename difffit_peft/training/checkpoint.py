@@ -1,0 +1,91 @@
+"""Checkpoints of a few megabytes: what is trained and what trains it, never the base.
+
+A checkpoint is a folder `checkpoint-<step>` that is written under another name and renamed when it is whole, so that a
+run killed at any moment, or a full disk, leaves the ones before it as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameter names, shapes and first values: enough to tell one base from another."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(
+    output_dir: str | os.PathLike, step: int, state: dict[str, Any], run: dict[str, Any], total_limit: int | None = None
+) -> Path:
+    """Writes `checkpoint-<step>` and then removes the oldest ones beyond `total_limit`.
+
+    Args:
+        state: tensors and plain values, all that the run needs to go on.
+        run: what the run is, as JSON: data, base, settings. `load_checkpoint` compares it.
+
+    Raises:
+        OSError: if it cannot be written. Earlier checkpoints are then as they were.
+    """
+    path = Path(output_dir) / f"checkpoint-{step}"
+    partial = path.with_name(f"partial-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        torch.save(state, partial / "state.pt")
+        (partial / "run.json").write_text(json.dumps(run, indent=2))
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike, run: dict[str, Any]) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote, if it belongs to the same run.
+
+    Raises:
+        ValueError: if there is no checkpoint at `path`, or if it is of a run with other data, another base or other
+            settings, saying which.
+    """
+    path = Path(path)
+    if not (path / "run.json").is_file() or not (path / "state.pt").is_file():
+        raise ValueError(f"{path} is no checkpoint: it needs the files run.json and state.pt.")
+    saved = json.loads((path / "run.json").read_text())
+    run = json.loads(json.dumps(run))
+    differing = [name for name in sorted(saved.keys() | run.keys()) if saved.get(name) != run.get(name)]
+    if differing:
+        raise ValueError(
+            f"{path} belongs to another run: "
+            + ", ".join(f"{name} was {_short(saved.get(name))} and is {_short(run.get(name))}" for name in differing)
+            + ". Resume with the same data, base and settings, or start anew in another --output_dir."
+        )
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,312 @@
+"""Samples images from a DiT, with or without an adapter, and compares them with real ones: FID, KID, precision, recall.
+
+    accelerate launch examples/evaluate.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
+        --adapter food101 --dataset_name ethz/food101 --split validation --output_dir food101/evaluation
+
+Writes `report.json` and a grid of samples, `samples.png`, to `--output_dir`. Classes are drawn as often as the real
+images have them, and image i has the seed `--seed` + i: batch size and number of processes change nothing but rounding
+(only a scheduler that draws noise of its own, as DDPM does, makes them matter). FID falls as the number of images
+grows: compare runs with the same `--num_images`, the same real images and the same `--features`.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DiTPipeline
+from diffusers.utils import make_image_grid
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from tqdm import tqdm
+
+import difffit_peft  # noqa: F401  (registers DiffFit with PEFT)
+from difffit_peft.training.data import load_labelled_images, to_pixels
+
+NEIGHBOURS = 3  # k of precision and recall
+KID_SUBSET = 1000
+GRID = 64  # samples.png shows at most so many images
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_model_name_or_path", required=True, help="a DiTPipeline: Hub id or folder")
+    model.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
+    model.add_argument("--variant", help="variant of the base's files, such as fp16")
+    model.add_argument("--adapter", help="a PEFT adapter: folder or Hub id; default: the base alone")
+    model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
+
+    real = parser.add_argument_group("real images")
+    real.add_argument("--dataset_name", help="a dataset on the Hub")
+    real.add_argument("--dataset_config_name", help="its configuration")
+    real.add_argument(
+        "--train_data_dir", help="one folder of images per class, a folder of parquet, or a .parquet file"
+    )
+    real.add_argument("--split", default="train", help="the split to compare with")
+    real.add_argument("--image_column", default="image")
+    real.add_argument("--label_column", default="label")
+    real.add_argument("--max_train_samples", type=positive_int, help="so many real images, drawn with --seed")
+    real.add_argument("--dataloader_num_workers", type=int, default=0)
+    real.add_argument("--cache_dir", help="for downloads; default: the Hugging Face cache")
+
+    sampling = parser.add_argument_group("sampling and comparison")
+    sampling.add_argument("--num_images", type=positive_int, default=5000)
+    sampling.add_argument("--batch_size", type=positive_int, default=32, help="per process")
+    sampling.add_argument("--guidance_scale", type=float, default=4.0)
+    sampling.add_argument("--num_inference_steps", type=positive_int, default=50)
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument(
+        "--features",
+        default="inception",
+        help="inception, or module:callable or path/to/file.py:callable that returns an nn.Module from uint8 images "
+        "(N, 3, H, W) to features (N, D)",
+    )
+    sampling.add_argument("--output_dir", type=Path, default=Path("evaluation"))
+    return parser.parse_args(argv)
+
+
+def load_extractor(features: str) -> nn.Module:
+    """The network whose features are compared, from what `--features` says."""
+    if features == "inception":
+        try:  # antialias=False resizes as the original FID does
+            return FrechetInceptionDistance(2048, antialias=False).inception
+        except (ImportError, OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"--features inception needs torch-fidelity and its Inception weights, which it downloads once: "
+                f"{error} Or name another extractor, --features path/to/file.py:callable."
+            ) from error
+    source, _, name = features.rpartition(":")
+    if not source or not name:
+        raise ValueError(f"--features is {features!r}: give inception, module:callable or path/to/file.py:callable.")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        extractor = getattr(module, name)()
+    except (ImportError, OSError, AttributeError) as error:
+        raise ValueError(f"--features {features} cannot be loaded: {error}") from error
+    if not isinstance(extractor, nn.Module):
+        raise ValueError(f"--features {features} returns {type(extractor).__name__}: it must return an nn.Module.")
+    return extractor
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991).
+
+    Precision is the share of fakes that lie in the manifold of the real images: no farther from one of them than its
+    k-th nearest neighbour among them. Recall is the share of real images that lie in the manifold of the fakes.
+    """
+
+    def share_inside(points: Tensor, manifold: Tensor) -> float:
+        chunks = manifold.split(1000)
+        radii = torch.cat([torch.cdist(c, manifold).kthvalue(k + 1).values for c in chunks])  # the 1st is itself
+        inside = [(torch.cdist(c, manifold) <= radii).any(dim=1) for c in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+def compare(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
+    """The metrics of two sets of features, each of shape (N, D) with N > 3."""
+    real, fake = real.double(), fake.double()
+    identity = nn.Identity()  # the features are computed already
+    identity.num_features = real.shape[1]
+    subset_size = min(KID_SUBSET, len(real), len(fake))
+    # only the main process computes, on all features: nothing to synchronise
+    fid = FrechetInceptionDistance(identity, sync_on_compute=False).to(real.device)
+    kid = KernelInceptionDistance(identity, subset_size=subset_size, sync_on_compute=False).to(real.device)
+    for metric in (fid, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of KID's subsets
+        kid_mean, kid_std = kid.compute()
+    precision, recall = precision_recall(real, fake)
+    return {
+        "fid": fid.compute().item(),
+        "kid": kid_mean.item(),
+        "kid_std": kid_std.item(),
+        "kid_subset_size": subset_size,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def model_classes(names: list[str], pipe: DiTPipeline) -> list[int] | None:
+    """The model's index of each class of the real images, by name; `None` where a base knows others."""
+    config = getattr(pipe.transformer, "peft_config", {}).get("default")
+    own = getattr(config, "id2label", None)
+    known = {label: index for index, label in own.items()} if own else pipe.labels
+    classes = [known.get(name, known.get(name.split(",")[0].strip())) for name in names]
+    if None not in classes:
+        return classes
+    if own:
+        raise ValueError(
+            f"The adapter does not know the class {names[classes.index(None)]!r} of the real images, only "
+            f"{list(known)[:10]}: compare with real images of the classes it was trained on."
+        )
+    return None
+
+
+def spread(labels: Tensor, count: int) -> list[int]:
+    """`count` labels in ascending order, each as often as `labels` has it."""
+    return labels.sort().values[torch.arange(count) * len(labels) // count].tolist()
+
+
+class RealImages(Dataset):
+    """The centres of images as uint8 (3, resolution, resolution)."""
+
+    def __init__(self, images: datasets.Dataset, resolution: int):
+        self.images, self.resolution = images, resolution
+
+    def __getitem__(self, row: int) -> Tensor:
+        try:
+            pixels = to_pixels(datasets.Image().decode_example(self.images[row]["image"]), self.resolution)
+        except Exception as error:  # Pillow raises a dozen types for broken files
+            raise ValueError(f"The real image of row {row} cannot be read: {error}. Repair or remove it.") from error
+        return ((pixels + 1) * 127.5).round().byte()
+
+
+def own_share(accelerator: Accelerator, count: int) -> list[int]:
+    """The rows of 0 to `count` - 1 of this process: as many in all, the last row repeated where they do not divide."""
+    size = math.ceil(count / accelerator.num_processes)
+    first = accelerator.process_index * size
+    return [min(row, count - 1) for row in range(first, first + size)]
+
+
+@torch.no_grad()
+def gather_features(
+    accelerator: Accelerator, extractor: nn.Module, batches: Iterable[Tensor], count: int, desc: str
+) -> Tensor:
+    """Features of all processes' images, in order: shape (count, D)."""
+    share = math.ceil(count / accelerator.num_processes)
+    features = []
+    with tqdm(total=share, desc=desc, unit="image", disable=not accelerator.is_main_process) as bar:
+        for images in batches:
+            features.append(extractor(images.to(accelerator.device)).float())
+            bar.update(len(images))
+    return accelerator.gather(torch.cat(features))[:count]
+
+
+def main(args: argparse.Namespace) -> dict:
+    if args.num_images <= NEIGHBOURS:
+        raise ValueError(f"--num_images is {args.num_images}: recall needs {NEIGHBOURS + 1} images or more.")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    with accelerator.local_main_process_first():  # it downloads for the others
+        extractor = load_extractor(args.features).eval().requires_grad_(False).to(accelerator.device)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    pipe = DiTPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16
+    ).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    data = load_labelled_images(
+        args.dataset_name,
+        args.train_data_dir,
+        dataset_config_name=args.dataset_config_name,
+        split=args.split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        max_classes=pipe.transformer.config.num_embeds_ada_norm,
+        max_samples=args.max_train_samples,
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+    )
+    if len(data) <= NEIGHBOURS:
+        raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
+    resolution = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    with torch.no_grad():
+        shape = extractor(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device)).shape
+    if len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"--features {args.features} gives {tuple(shape)} for two images: it must give (2, D).")
+    if args.adapter:
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, args.adapter)
+    classes = model_classes(data.class_names, pipe)
+    if classes is None:
+        accelerator.print("The base does not know the real images' classes by name: class i of theirs is its own i.")
+    # in mixed precision it now gives float32, as the scheduler and the VAE take it
+    pipe.transformer = accelerator.prepare_model(pipe.transformer.eval(), evaluation_mode=True)
+
+    mine = own_share(accelerator, len(data))
+    loader = DataLoader(
+        Subset(RealImages(data.images, resolution), mine), args.batch_size, num_workers=args.dataloader_num_workers
+    )
+    real = gather_features(accelerator, extractor, loader, len(data), "Real images")
+
+    labels = spread(data.labels, args.num_images)
+    side = math.isqrt(min(args.num_images, GRID))
+    shown = {i * args.num_images // side**2: None for i in range(side**2)}
+
+    def samples() -> Iterator[Tensor]:
+        rows = own_share(accelerator, args.num_images)
+        for batch in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)):
+            torch.manual_seed(args.seed + batch[0])  # for schedulers that draw noise of their own
+            images = pipe(
+                [labels[row] if classes is None else classes[labels[row]] for row in batch],
+                guidance_scale=args.guidance_scale,
+                num_inference_steps=args.num_inference_steps,
+                generator=[torch.Generator().manual_seed(args.seed + row) for row in batch],
+                output_type="np",
+            ).images
+            images = (images * 255).round().astype("uint8")
+            shown.update((row, image) for row, image in zip(batch, images, strict=True) if row in shown)
+            yield torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    fake = gather_features(accelerator, extractor, samples(), args.num_images, "Sampling")
+    pictures = dict(gather_object([(row, image) for row, image in shown.items() if image is not None]))
+    report = [compare(real, fake, args.seed) if accelerator.is_main_process else {}]
+    broadcast_object_list(report)
+    report = {
+        **report[0],
+        "num_real_images": len(data),
+        "num_features": shape[1],
+        "classes": "by index" if classes is None else "by name",
+        "scheduler": type(pipe.scheduler).__name__,
+        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+    }
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        partial = args.output_dir / "partial"
+        make_image_grid([PIL.Image.fromarray(pictures[row]) for row in shown], side, side).save(partial, format="PNG")
+        partial.replace(args.output_dir / "samples.png")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.replace(args.output_dir / "report.json")
+    few = f" for lack of {KID_SUBSET} images" if report["kid_subset_size"] < KID_SUBSET else ""
+    accelerator.print(
+        f"{args.num_images} images of {args.pretrained_model_name_or_path} with "
+        f"{f'the adapter {args.adapter}' if args.adapter else 'no adapter'}, against {len(data)} real images of "
+        f"{args.dataset_name or args.train_data_dir} (split {args.split}), on {shape[1]} features of {args.features}:\n"
+        f"FID {report['fid']:.4g}, KID {report['kid']:.4g} ± {report['kid_std']:.2g} (subsets of "
+        f"{report['kid_subset_size']}{few}), "
+        f"precision {report['precision']:.3f}, recall {report['recall']:.3f}\nReport: {args.output_dir / 'report.json'}"
+    )
+    return report
+
+
+if __name__ == "__main__":
+    main(parse_args())
