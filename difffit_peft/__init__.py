@@ -22,10 +22,18 @@ from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import DiffFitLayer  # noqa: E402
 from .mixed import register as _register_mixed  # noqa: E402
 from .model import DiffFitModel  # noqa: E402
+from .pipeline import DiffFitDiTPipeline, DiffFitLoaderMixin  # noqa: E402
 
 if PeftType.DIFFFIT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="difffit", config_cls=DiffFitConfig, model_cls=DiffFitModel, is_mixed_compatible=True)
 _register_mixed()
 
-__all__ = ["DiffFitConfig", "DiffFitLayer", "DiffFitModel", "hotswap_adapter"]
+__all__ = [
+    "DiffFitConfig",
+    "DiffFitDiTPipeline",
+    "DiffFitLayer",
+    "DiffFitLoaderMixin",
+    "DiffFitModel",
+    "hotswap_adapter",
+]
 __version__ = "0.1.0"

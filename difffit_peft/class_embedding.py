@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DiffFitConfig
-from .layer import DiffFitLayer
+from .layer import DiffFitLayer, parameter_shape
 
 
 class DiffFitEmbedding(DiffFitLayer):
@@ -25,7 +25,7 @@ class DiffFitEmbedding(DiffFitLayer):
         Where K is given and `config.init_class_rows` is "null", each class starts as the null class, else as it was.
         """
         table, classes = self._base()["weight"], config.num_classes
-        shape = (len(table) if classes is None else classes + 1, table.shape[1])
+        shape = parameter_shape(self.get_base_layer(), classes)
         rows = torch.zeros(shape) if config.init_weights else torch.randn(shape)
         if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
             rows[:-1] = table[-1].float() - table[:classes].float()

@@ -73,8 +73,8 @@ class DiffFitConfig(PeftConfig):
         default=None, metadata={"help": "Shape of the base; filled in when the adapter is attached."}
     )
 
-    # The names of the weights in the file this config was loaded beside, to be checked before a model is changed.
-    _names_in_file = None
+    # Names and shapes of the weights in the file this config was loaded beside, checked before a model is changed.
+    _shapes_in_file = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,9 +107,9 @@ class DiffFitConfig(PeftConfig):
             ValueError: if there is no config, or the weights beside it are truncated or not finite.
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        names = check_adapter_file(weights) if weights.is_file() else None
+        shapes = check_adapter_file(weights) if weights.is_file() else None
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config._names_in_file = names
+        config._shapes_in_file = shapes
         return config
 
     def _check_classes(self) -> None:

@@ -27,20 +27,20 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
     return (path.parent if path.name == "transformer" else path).name, None
 
 
-def check_adapter_file(path: Path) -> list[str]:
-    """Reads an adapter's weights once, before anything is changed for their sake, and returns their names.
+def check_adapter_file(path: Path) -> dict[str, tuple[int, ...]]:
+    """Reads an adapter's weights once, before anything is changed for their sake, and returns their names and shapes.
 
     Raises:
         ValueError: if the file is truncated, no safetensors file, or holds values that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            broken = [name for name in names if not file.get_tensor(name).isfinite().all()]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}): save or download the adapter again."
         ) from error
+    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if broken:
-        raise ValueError(f"{path} holds values that are not finite, in {broken[0]}: the training run diverged.")
-    return names
+        raise ValueError(f"{path} holds values that are not finite, in {broken}: the training run diverged.")
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

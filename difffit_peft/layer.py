@@ -30,6 +30,13 @@ def is_supported(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D, *_CONVOLUTIONS)) or is_norm(layer)
 
 
+def parameter_shape(layer: nn.Module, num_classes: int | None = None) -> tuple[int, ...]:
+    """The shape of γ and δ on a layer, and of the rows trained in a class table."""
+    if isinstance(layer, nn.Embedding):
+        return (layer.num_embeddings if num_classes is None else num_classes + 1, layer.embedding_dim)
+    return tuple(layer.weight.shape) if is_norm(layer) else (_features(layer)[1],)
+
+
 class DiffFitLayer(nn.Module, BaseTunerLayer):
     """Puts γ and δ, one value per output channel each, on the output of a frozen layer.
 
@@ -65,7 +72,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: DiffFitConfig, gamma: bool, delta: bool) -> None:
         """Adds an adapter: γ and δ as asked for, from γ = 1 and δ = 0, or random if `config.init_weights` is False."""
-        shape = self._parameter_shape()
+        shape = parameter_shape(self.get_base_layer())
         if gamma:
             value = torch.ones(shape) if config.init_weights else torch.rand(shape) + 0.5
             self.difffit_gamma[adapter_name] = nn.Parameter(value)
@@ -213,17 +220,13 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             parameter = getattr(self.get_base_layer(), name)
             parameter.data = tensor.to(parameter.device, parameter.dtype)
 
-    def _parameter_shape(self) -> tuple[int, ...]:
-        layer = self.get_base_layer()
-        return tuple(layer.weight.shape) if is_norm(layer) else (self.out_features,)
-
     def _broadcast(self, value: Tensor, y: Tensor) -> Tensor:
         """A view of `value`, one per channel or one per sample and channel, that broadcasts to `y`.
 
         Channels come last, or, in convolutions and some norms, before the dimensions of space.
         """
         layer = self.get_base_layer()
-        shape = self._parameter_shape()
+        shape = parameter_shape(self.get_base_layer())
         space = 0
         if isinstance(layer, _CONVOLUTIONS):
             space = len(layer.kernel_size)

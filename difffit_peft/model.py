@@ -21,7 +21,7 @@ from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
 from .config import DiffFitConfig, nearest
 from .hub import base_model_id
-from .layer import DiffFitLayer, is_norm, is_supported
+from .layer import DiffFitLayer, is_norm, is_supported, parameter_shape
 
 # Which of γ and δ each layer gets, by the layer's name.
 _Plan = dict[str, dict[str, bool]]
@@ -233,7 +233,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     newly_shared = architecture.copied_embedder and conditioning.share(model)
     try:
         plan, excluded = _plan(config, model, architecture)
-        _check_names_in_file(config, plan)
+        _check_file(config, plan, model)
         if "sample_size" in facts:
             resolution.set_sample_size(model, facts["sample_size"])
     except Exception:
@@ -300,14 +300,25 @@ def _facts_of_base(
     return facts
 
 
-def _check_names_in_file(config: DiffFitConfig, plan: _Plan) -> None:
+def _check_file(config: DiffFitConfig, plan: _Plan, model: nn.Module) -> None:
     """Refuses a file whose weights are not those of the plan."""
-    if config._names_in_file is None:
+    if config._shapes_in_file is None:
         return
     prefix = DiffFitModel.prefix
-    planned = {f"{layer}.{prefix}{kind}" for layer, kinds in plan.items() for kind, wanted in kinds.items() if wanted}
-    found = {n.removeprefix("base_model.model.") for n in config._names_in_file if f".{prefix}" in n}
-    _check_names(planned, found)
+    planned = {}
+    for name, kinds in plan.items():
+        module = model.get_submodule(name)
+        shape = parameter_shape(getattr(module, "get_base_layer", lambda m=module: m)(), config.num_classes)
+        planned |= {f"{name}.{prefix}{kind}": shape for kind, wanted in kinds.items() if wanted}
+    found = {
+        name.removeprefix("base_model.model."): shape
+        for name, shape in config._shapes_in_file.items()
+        if f".{prefix}" in name
+    }
+    _check_names({*planned}, {*found})
+    for name, shape in planned.items():
+        if found[name] != shape:
+            raise ValueError(f"The file's weights do not fit its config: {name} has shape {found[name]}, not {shape}.")
 
 
 def _exactly(names: set[str]) -> str | list[str]:

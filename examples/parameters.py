@@ -36,6 +36,21 @@ def main() -> None:
         print(f"| {kind} | {count:,} | {count / base:.3%} |")
     print(f"| **all** | **{total:,}** | **{total / base:.3%}** of {base:,} |\n\n{4 * total:,} bytes in float32")
 
+    # docs/scaling.md. Full fine-tuning in mixed precision keeps float32 weights, as autocast does.
+    print("\n| on each device, MB | DiffFit | full fine-tuning |\n| --- | ---: | ---: |")
+    rows = {
+        "frozen weights, bfloat16": (2 * base, 0),
+        "trained weights, float32": (4 * total, 4 * base),
+        "gradients": (4 * total, 4 * base),
+        "AdamW's two moments": (8 * total, 8 * base),
+        "average of the weights": (4 * total, 4 * base),
+    }
+    for what, (difffit, full) in rows.items():
+        print(f"| {what} | {difffit / 1e6:,.1f} | {full / 1e6:,.1f} |")
+    difffit, full = (sum(column) for column in zip(*rows.values(), strict=True))
+    print(f"| **all, without activations** | **{difffit / 1e6:,.1f}** | **{full / 1e6:,.1f}** |")
+    print(f"| exchanged between devices per step | {4 * total / 1e6:,.1f} | {4 * base / 1e6:,.1f} |")
+
 
 if __name__ == "__main__":
     main()

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import PIL.Image
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -282,6 +282,11 @@ def main(args: argparse.Namespace) -> Result:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir / "logs",
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"This script cannot train under {accelerator.distributed_type.value}: a frozen DiT fits on each GPU, so "
+            "use DDP (examples/accelerate/ddp.yaml), which is faster."
+        )
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path,

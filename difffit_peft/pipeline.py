@@ -1,0 +1,333 @@
+"""`DiffFitDiTPipeline`: Diffusers' `DiTPipeline` with DiffFit adapters, loaded and blended as LoRA is elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiTPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
+
+from .config import DiffFitConfig, nearest
+from .hotswap import hotswap_adapter
+
+_ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
+
+
+class DiffFitLoaderMixin:
+    """Loads, blends, fuses and saves DiffFit adapters on `self.transformer`; verbs as for LoRA in Diffusers.
+
+    For a pipeline class of your own: `class MyPipeline(DiffFitLoaderMixin, DiTPipeline)`.
+    """
+
+    transformer: Any
+    labels: dict[str, int]
+
+    def load_difffit_weights(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Loads an adapter and makes it the active one.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the adapter.
+            adapter_name: name to give it; `None`: "default_0", "default_1" and so on, the first that is free.
+            hotswap: put its values in the place of those of the adapter `adapter_name` that is there already.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            ValueError: if it is no DiffFit adapter, belongs to another base, is broken, or has no safetensors file; if
+                the name is taken, or with `hotswap` is not. The pipeline is then as it was.
+        """
+        names = self.get_list_adapters()
+        if adapter_name is None:
+            adapter_name = next(f"default_{i}" for i in range(len(names) + 1) if f"default_{i}" not in names)
+        if (adapter_name in names) != hotswap:
+            raise ValueError(
+                f"There is no adapter {adapter_name!r} to swap: the pipeline has {names}."
+                if hotswap
+                else f"The name {adapter_name!r} is taken: choose another, delete_adapters({adapter_name!r}) first, or "
+                "pass hotswap=True to put the new values in its place."
+            )
+        folder = _adapter_folder(pretrained_model_name_or_path, **kwargs)
+        if hotswap:
+            hotswap_adapter(self.transformer, str(folder), adapter_name)
+        elif isinstance(self.transformer, PeftModel):
+            if self._fused():
+                raise ValueError("Adapters are fused: call unfuse_difffit() first.")
+            self.transformer.load_adapter(str(folder), adapter_name)
+        else:
+            self._base_labels = dict(self.labels)
+            self.transformer = PeftModel.from_pretrained(self.transformer, str(folder), adapter_name)
+        self.set_adapters(adapter_name, None if hotswap else 1.0)
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: list[float] | float | None = None) -> None:
+        """Makes these adapters the active ones, at these strengths; `None` leaves their strengths as they are.
+
+        The pipeline's class names become those of the first of them that has any.
+
+        Raises:
+            ValueError: for an unknown adapter, or weights that are not finite or not as many. Nothing is then changed.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        model = self._model()
+        for name in names:
+            if name not in model.peft_config:
+                raise ValueError(
+                    f"There is no adapter {name!r}: the pipeline has {self.get_list_adapters()}."
+                    + nearest(name, self.get_list_adapters())
+                )
+        if not names or len({*names}) < len(names):
+            raise ValueError(f"adapter_names={adapter_names}: name at least one adapter, each once.")
+        weights = [adapter_weights] * len(names) if not isinstance(adapter_weights, (list, tuple)) else adapter_weights
+        if len(weights) != len(names) or not all(weight is None or math.isfinite(weight) for weight in weights):
+            raise ValueError(f"adapter_weights={adapter_weights}: must be one finite number for each of {names}.")
+        if self._fused():
+            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
+        for name, weight in zip(names, weights, strict=True):
+            if weight is not None:
+                model.set_scale(name, weight)
+        self._activate(names)
+
+    def get_active_adapters(self) -> list[str]:
+        """Names of the active adapters; none while they are disabled."""
+        if not self.get_list_adapters() or not self.transformer.get_model_status().enabled:
+            return []
+        return self.transformer.base_model.active_adapters
+
+    def get_list_adapters(self) -> list[str]:
+        """Names of all the adapters that are loaded."""
+        return list(self.transformer.peft_config) if isinstance(self.transformer, PeftModel) else []
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Removes adapters; without the last one the pipeline is as it was before the first."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        loaded = self.get_list_adapters()
+        if {*names} - {*loaded}:
+            raise ValueError(f"There is no adapter {min({*names} - {*loaded})!r}: the pipeline has {loaded}.")
+        if self._fused():
+            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
+        remaining = [name for name in loaded if name not in names]
+        if not remaining:
+            self.unload_difffit_weights()
+            return
+        active = [name for name in self.transformer.base_model.active_adapters if name in remaining]
+        for name in names:
+            self.transformer.delete_adapter(name)
+        self._activate(active or remaining[:1])
+
+    def unload_difffit_weights(self) -> None:
+        """Takes all adapters off: the transformer is the base's again, and so are the class names."""
+        if isinstance(self.transformer, PeftModel):
+            self.transformer = self.transformer.unload()
+            self._set_labels(None)
+
+    def disable_difffit(self) -> None:
+        """Computes with the base alone, until `enable_difffit`."""
+        self._model().base_model.disable_adapter_layers()
+        self._set_labels(None)
+
+    def enable_difffit(self) -> None:
+        """Computes with the active adapters again."""
+        self._model().base_model.enable_adapter_layers()
+        self._activate(self.transformer.base_model.active_adapters)
+
+    def fuse_difffit(self, adapter_names: list[str] | None = None, safe_fusing: bool = False) -> None:
+        """Writes adapters, by default the active ones, into the weights, so that they cost nothing when sampling.
+
+        Raises:
+            ValueError: with `safe_fusing`, if that gives values that are not finite; always, if the base is quantised.
+                Nothing is then changed.
+        """
+        self._model().merge_adapter(adapter_names, safe_merge=safe_fusing)
+
+    def unfuse_difffit(self) -> None:
+        """Puts the base's own weights back, to the last bit."""
+        self._model().unmerge_adapter()
+
+    def save_difffit_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+        """Saves one adapter, by default the only one that is active, as a folder that `load_difffit_weights` takes."""
+        model = self._model()
+        if adapter_name is None:
+            active = self.get_active_adapters()
+            if len(active) != 1:
+                raise ValueError(f"adapter_name is None, but the active adapters are {active}: name the one to save.")
+            adapter_name = active[0]
+        if adapter_name not in model.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}: the pipeline has {self.get_list_adapters()}.")
+        _save_adapter(model, adapter_name, Path(save_directory))
+
+    def _model(self) -> PeftModel:
+        if not isinstance(self.transformer, PeftModel):
+            raise ValueError("The pipeline has no DiffFit adapter: call load_difffit_weights() first.")
+        return self.transformer
+
+    def _fused(self) -> list[str]:
+        return self.transformer.get_model_status().merged_adapters if isinstance(self.transformer, PeftModel) else []
+
+    def _activate(self, names: list[str]) -> None:
+        model = self._model()
+        model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
+        model.base_model.set_adapter(names, inference_mode=True)
+        self._set_labels(next((model.peft_config[n].id2label for n in names if model.peft_config[n].id2label), None))
+
+    def _set_labels(self, id2label: dict[int, str] | None) -> None:
+        base = getattr(self, "_base_labels", self.labels)
+        named = base if id2label is None else {name: index for index, name in id2label.items()}
+        self.labels = dict(sorted(named.items()))
+
+
+class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
+    """`DiTPipeline` with DiffFit adapters.
+
+        pipe = DiffFitDiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
+        pipe.load_difffit_weights("me/dit-food101", adapter_name="food")
+        images = pipe(pipe.get_label_ids("ramen")).images
+
+    Class names and sample size are those of the active adapter, and the base's again after unloading.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffFitDiTPipeline:
+        """Loads a pipeline, or the base of an adapter and the adapter.
+
+        Of an adapter (a folder or Hub id with `adapter_config.json`), the base and its revision are those its config
+        names; keyword arguments go to the base. A folder that `save_pretrained` wrote comes with its adapters.
+
+        Raises:
+            ValueError: if an adapter names no base.
+        """
+        hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+        path = str(pretrained_model_name_or_path)
+        if _is_adapter(path, kwargs.get("revision"), **hub):
+            revision = {"revision": kwargs.pop("revision")} if "revision" in kwargs else {}
+            config = PeftConfig.from_pretrained(path, **revision, **hub)
+            if not config.base_model_name_or_path:
+                raise ValueError(
+                    f"{path} is an adapter that names no base: load the base with from_pretrained, and then "
+                    f"load_difffit_weights({path!r})."
+                )
+            pipe = super().from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+            pipe.load_difffit_weights(path, **revision, **hub)
+            return pipe
+        pipe = super().from_pretrained(path, **kwargs)
+        for folder in sorted(Path(path, _ADAPTERS).glob("*/")):
+            pipe.load_difffit_weights(folder, folder.name)
+        state = Path(path, _ADAPTERS, "active.json")
+        if state.is_file():
+            active = json.loads(state.read_text())
+            pipe.set_adapters(list(active), list(active.values()))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiTPipeline, **kwargs: Any) -> DiffFitDiTPipeline:
+        """A `DiffFitDiTPipeline` of another pipeline's parts."""
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.labels = dict(pipeline.labels)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the base and, in `adapters/`, the adapters; fused adapters are saved as part of the weights instead.
+
+        A stock `DiTPipeline` loads what this writes too, without the adapters.
+        """
+        adapted, fused = self.transformer, self._fused()
+        labels = {index: name for name, index in self.labels.items()}
+        if isinstance(adapted, PeftModel):
+            plain = copy.deepcopy(adapted)
+            self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
+            if not fused:
+                labels = {index: name for name, index in self._base_labels.items()}
+        try:
+            self.register_to_config(id2label=labels)
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.transformer = adapted
+        index = Path(save_directory, self.config_name)
+        stock = json.dumps(json.loads(index.read_text()) | {"_class_name": "DiTPipeline"}, indent=2)
+        partial = index.with_name(f"partial-{index.name}")
+        partial.write_text(stock + "\n")
+        partial.rename(index)
+        if isinstance(adapted, PeftModel) and not fused:
+            folder = Path(save_directory, _ADAPTERS)
+            for name in adapted.peft_config:
+                _save_adapter(adapted, name, folder / name)
+            layers = adapted.base_model._difffit_layers()
+            strengths = {
+                name: next(float(layer.strength[name]) for layer in layers if name in layer.strength)
+                for name in adapted.base_model.active_adapters
+            }
+            (folder / "active.json").write_text(json.dumps(strengths))
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class indices of names: of one, or of each in a list.
+
+        Raises:
+            ValueError: for a name that is no class, with the nearest one that is.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        for name in names:
+            if name not in self.labels:
+                raise ValueError(
+                    f"{name!r} is none of the {len(self.labels)} classes of this pipeline."
+                    + (nearest(name, [*self.labels]) or f" They are {', '.join([*self.labels][:12])}...")
+                )
+        return [self.labels[name] for name in names]
+
+
+def _is_adapter(path: str, revision: str | None, **hub: Any) -> bool:
+    """Whether a folder or Hub repository holds an adapter rather than a pipeline."""
+    if os.path.isdir(path):
+        return Path(path, CONFIG_NAME).is_file()
+    try:
+        hf_hub_download(path, DiTPipeline.config_name, revision=revision, **hub)
+    except EntryNotFoundError:
+        return True
+    return False
+
+
+def _adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Path:
+    """The local folder of an adapter, downloaded if need be: all of it, before anything is changed for its sake."""
+    folder = Path(path, subfolder or "")
+    if not os.path.isdir(path):
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            folder = Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub)).parent
+    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        pickled = (folder / WEIGHTS_NAME).is_file()
+        raise ValueError(
+            f"{folder} holds no {missing[0]}"
+            + (
+                f", and {WEIGHTS_NAME} is not read: a pickle can run any code. Save it as safetensors."
+                if pickled
+                else "."
+            )
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, DiffFitConfig):
+        raise ValueError(f"{path} is an adapter of {config.peft_type}, not of DiffFit.")
+    return folder
+
+
+def _save_adapter(model: nn.Module, adapter_name: str, folder: Path) -> None:
+    """Saves one adapter right into `folder`; PEFT would put any but "default" in a folder of its name below."""
+    partial = folder.with_name(f"partial-{folder.name}")
+    try:
+        model.save_pretrained(str(partial), selected_adapters=[adapter_name], save_embedding_layers=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [path for path in partial.rglob("*") if path.is_file()]:  # each appears whole or not at all
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

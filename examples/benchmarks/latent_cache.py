@@ -1,0 +1,87 @@
+"""What encoding the images once is worth: ten epochs on cached latents against ten that encode every batch.
+
+    python examples/benchmarks/latent_cache.py
+
+Trains DiffFit on 256 Twemoji with the bundled base, the two ways in turn, and prints the ratio of their times. The way
+with a cache pays for encoding once, both mirror images.
+"""
+
+import argparse
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, DiTPipeline
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from difffit_peft import DiffFitConfig
+from difffit_peft.training.data import encode_latents, load_labelled_images, sample_latents, to_pixels
+from difffit_peft.training.draws import draw
+from difffit_peft.training.losses import diffusion_loss
+
+EMOJI = Path(__file__).resolve().parents[1] / "emoji"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_images", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=64)
+    args = parser.parse_args()
+
+    pipe = DiTPipeline.from_pretrained(EMOJI / "base", dtype=torch.float32)
+    model = get_peft_model(pipe.transformer, DiffFitConfig())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    data = load_labelled_images(
+        train_data_dir=EMOJI / "data/twemoji/train.parquet", max_samples=args.num_images, seed=0
+    )
+    resolution = pipe.vae.config.sample_size
+    images = data.images.cast_column("image", data.images.features["image"].__class__(decode=True))
+
+    def train(step, mean, std, labels) -> None:
+        draws = draw(0, step, mean.shape, 1000)
+        x_0 = sample_latents(mean, std, draws.view, draws.posterior)
+        x_t = scheduler.add_noise(x_0, draws.noise, draws.timesteps)
+        output = model(x_t, timestep=draws.timesteps, class_labels=labels).sample
+        diffusion_loss(output, x_0, draws.noise, draws.timesteps, scheduler).mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+
+    def cached() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = encode_latents(pipe.vae, data, resolution, folder, batch_size=args.batch_size)
+            for epoch in tqdm(range(args.epochs), desc="cached"):
+                for step, batch in enumerate(DataLoader(dataset, args.batch_size, shuffle=True)):
+                    train(1000 * epoch + step, *batch)
+
+    def encoding() -> None:
+        for epoch in tqdm(range(args.epochs), desc="encoding"):
+            for step, rows in enumerate(torch.randperm(len(images)).split(args.batch_size)):
+                pixels = torch.stack([to_pixels(images[int(row)]["image"], resolution) for row in rows])
+                mirrored = torch.rand(len(rows)) < 0.5
+                pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+                with torch.no_grad():
+                    posterior = pipe.vae.encode(pixels).latent_dist
+                scale = pipe.vae.config.scaling_factor
+                batch = ((scale * posterior.mean)[:, None], (scale * posterior.std)[:, None], data.labels[rows])
+                train(1000 * epoch + step, *batch)
+
+    train(0, torch.zeros(2, 1, 4, 16, 16), torch.ones(2, 1, 4, 16, 16), torch.tensor([0, 1]))  # warm up
+    seconds = {}
+    for way in (cached, encoding):
+        start = time.perf_counter()
+        way()
+        seconds[way.__name__] = time.perf_counter() - start
+    print(
+        f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"{args.epochs} epochs of {len(data)} images: {seconds['encoding']:.1f} s encoding every batch, "
+        f"{seconds['cached']:.1f} s encoding once: {seconds['encoding'] / seconds['cached']:.2f} times as fast"
+    )
+
+
+if __name__ == "__main__":
+    main()

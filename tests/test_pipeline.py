@@ -1,0 +1,237 @@
+"""`DiffFitDiTPipeline`: the verbs of Diffusers' LoRA loader, on real pipelines and folders."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import make_dit, make_pipeline
+from diffusers import DiTPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+
+LABELS = {"fox": ["fox", "owl", "hare"], "art": ["oil", "ink"], "plain": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`base`, a pipeline whose classes are named, and adapters of it: `fox`, `art`, and `plain` without names."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipe = make_pipeline()
+    pipe.register_to_config(id2label={0: "tench, Tinca tinca", 1: "goldfish"})
+    pipe.save_pretrained(folder / "base")
+    for seed, (name, labels) in enumerate(LABELS.items()):
+        model = get_peft_model(make_dit(), DiffFitConfig(id2label=labels and dict(enumerate(labels))))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(folder / name, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture
+def pipe(folder) -> DiffFitDiTPipeline:
+    pipe = DiffFitDiTPipeline.from_pretrained(folder / "base")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    return torch.as_tensor(pipe([0, 1], generator=generator, num_inference_steps=3, output_type="np").images)
+
+
+def stock(folder, name) -> torch.Tensor:
+    """Images the stock pipeline makes with an adapter."""
+    pipe = DiTPipeline.from_pretrained(folder / "base")
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder / name)
+    return images(pipe)
+
+
+def test_loading_is_what_peft_loads_and_unloading_the_base(folder, pipe):
+    base, labels, state = images(pipe), dict(pipe.labels), dict(make_dit().state_dict())
+    pipe.load_difffit_weights(folder / "fox", adapter_name="fox")
+    assert torch.equal(images(pipe), stock(folder, "fox"))
+    assert pipe.labels == {"fox": 0, "hare": 2, "owl": 1} and pipe.get_label_ids("owl") == [1]
+    assert pipe.get_active_adapters() == pipe.get_list_adapters() == ["fox"]
+    pipe.unload_difffit_weights()
+    assert torch.equal(images(pipe), base) and pipe.labels == labels
+    assert type(pipe.transformer).__name__ == "DiTTransformer2DModel"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert pipe.get_list_adapters() == pipe.get_active_adapters() == []
+
+
+def test_blending_and_switching(folder, pipe):
+    base = images(pipe)
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.load_difffit_weights(folder / "art", "art")
+    assert torch.equal(images(pipe), stock(folder, "art")) and pipe.get_label_ids(["ink", "oil"]) == [1, 0]
+    pipe.set_adapters("fox")
+    assert torch.equal(images(pipe), stock(folder, "fox")) and "fox" in pipe.labels
+    pipe.set_adapters(["fox", "art"], [0.8, 0.2])
+    blended = images(pipe)
+    pipe.transformer.add_weighted_adapter(["fox", "art"], [0.8, 0.2], "blend")
+    pipe.set_adapters("blend")
+    torch.testing.assert_close(images(pipe), blended, rtol=0, atol=1e-4)
+    pipe.set_adapters(["fox", "art"], 0.0)
+    torch.testing.assert_close(images(pipe), base, rtol=0, atol=1e-5)
+    pipe.disable_difffit()
+    assert torch.equal(images(pipe), base) and pipe.get_active_adapters() == [] and "goldfish" in pipe.labels
+    pipe.enable_difffit()
+    assert pipe.get_active_adapters() == ["fox", "art"] and "fox" in pipe.labels
+
+
+def test_fusing(folder, pipe):
+    base = images(pipe)
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    expected = images(pipe)
+    pipe.fuse_difffit(safe_fusing=True)
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-4)
+    for refused in (
+        lambda: pipe.set_adapters("fox"),
+        lambda: pipe.load_difffit_weights(folder / "art"),
+        lambda: pipe.delete_adapters("fox"),
+    ):
+        with pytest.raises(ValueError, match="unfuse_difffit"):
+            refused()
+    pipe.unfuse_difffit()
+    assert torch.equal(images(pipe), expected)
+    pipe.unload_difffit_weights()
+    assert torch.equal(images(pipe), base)
+
+
+def test_hotswap(folder, pipe, tmp_path):
+    pipe.load_difffit_weights(folder / "fox", "one")
+    model = get_peft_model(make_dit(), DiffFitConfig(id2label={0: "cat", 1: "dog", 2: "cow"}))
+    model.save_pretrained(tmp_path / "pets", save_embedding_layers=False)
+    transformer = pipe.transformer
+    pipe.load_difffit_weights(tmp_path / "pets", "one", hotswap=True)
+    assert pipe.transformer is transformer and pipe.get_label_ids("dog") == [1]
+    assert not torch.equal(images(pipe), stock(folder, "fox"))
+
+
+def test_adapters_in_any_order_and_then_none(folder, pipe):
+    base = images(pipe)
+    order = random.Random(0)
+    for _ in range(2):
+        for i in range(10):
+            pipe.load_difffit_weights(folder / order.choice(list(LABELS)))
+            if i % 3 == 0:
+                pipe.fuse_difffit(), pipe.unfuse_difffit()
+        names = pipe.get_list_adapters()
+        assert names == [f"default_{i}" for i in range(10)]
+        pipe.set_adapters(names[:3], [0.5, -0.5, 0.1])
+        order.shuffle(names)
+        pipe.delete_adapters(names[:4])
+        assert set(pipe.get_list_adapters()) == set(names[4:])
+        images(pipe)
+        for name in names[4:]:
+            pipe.delete_adapters(name)
+        assert torch.equal(images(pipe), base)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_saved_pipeline_loads_again(folder, pipe, tmp_path, fused):
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.load_difffit_weights(folder / "art", "art")
+    pipe.set_adapters(["art", "fox"], [0.7, 0.2])
+    base = images(DiTPipeline.from_pretrained(folder / "base"))
+    if fused:
+        pipe.fuse_difffit()
+    expected, labels = images(pipe), pipe.labels
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(images(pipe), expected)  # saving leaves it as it was
+    loaded = DiffFitDiTPipeline.from_pretrained(tmp_path / "saved")
+    assert loaded.get_active_adapters() == ([] if fused else ["art", "fox"])
+    assert torch.equal(images(loaded), expected) and loaded.labels == labels
+    plain = DiTPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(images(plain), expected if fused else base)
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
+
+
+def test_saved_weights_load_again(folder, pipe, tmp_path):
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.load_difffit_weights(folder / "art", "art")
+    pipe.save_difffit_weights(tmp_path / "fox", "fox")
+    assert sorted(path.name for path in (tmp_path / "fox").iterdir()) == sorted(
+        path.name for path in (folder / "fox").iterdir()
+    )
+    ours, theirs = (load_file(path / "fox" / "adapter_model.safetensors") for path in (tmp_path, folder))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [path.name for path in tmp_path.iterdir()] == ["fox"]
+
+
+def test_from_pipe_and_from_an_adapter(folder, monkeypatch):
+    pipe = DiffFitDiTPipeline.from_pipe(DiTPipeline.from_pretrained(folder / "base"))
+    assert pipe.get_label_ids("Tinca tinca") == [0]
+    monkeypatch.chdir(folder)  # the adapters name their base, and no path: here it is found
+    config = json.loads((folder / "fox" / "adapter_config.json").read_text())
+    (folder / "fox" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
+    loaded = DiffFitDiTPipeline.from_pretrained(folder / "fox")
+    assert torch.equal(images(loaded), stock(folder, "fox")) and loaded.get_label_ids("fox") == [0]
+    (folder / "fox" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="names no base: load the base with from_pretrained"):
+        DiffFitDiTPipeline.from_pretrained(folder / "fox")
+    (folder / "fox" / "adapter_config.json").write_text(json.dumps(config))
+
+
+# Refusals
+
+
+def test_label_ids_of_unknown_names(folder, pipe):
+    with pytest.raises(ValueError, match="'goldfsh' is none of the 3 classes.* Did you mean 'goldfish'?"):
+        pipe.get_label_ids("goldfsh")
+
+
+def test_wrong_names_and_weights(folder, pipe):
+    with pytest.raises(ValueError, match="no DiffFit adapter: call load_difffit_weights"):
+        pipe.set_adapters("fox")
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    expected = images(pipe)
+    for refused, message in {
+        lambda: pipe.load_difffit_weights(folder / "art", "fox"): "'fox' is taken",
+        lambda: pipe.load_difffit_weights(folder / "art", "art", hotswap=True): "no adapter 'art' to swap",
+        lambda: pipe.set_adapters(["fox", "fix"]): "Did you mean 'fox'?",
+        lambda: pipe.set_adapters([]): "at least one",
+        lambda: pipe.set_adapters("fox", [0.1, 0.2]): "one finite number",
+        lambda: pipe.set_adapters("fox", float("nan")): "one finite number",
+        lambda: pipe.delete_adapters(["fox", "fix"]): "no adapter 'fix'",
+        lambda: pipe.save_difffit_weights("nowhere", "fix"): "no adapter 'fix'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert pipe.get_active_adapters() == ["fox"] and torch.equal(images(pipe), expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["pickle", "empty", "lora", "truncated", "other base", "lacks a weight", "other rows"])
+def test_what_is_refused_leaves_the_pipeline_as_it_was(folder, pipe, tmp_path, kind, first):
+    if not first:
+        pipe.load_difffit_weights(folder / "fox", "fox")
+    expected, labels, names = images(pipe), pipe.labels, [name for name, _ in pipe.transformer.named_modules()]
+    model = get_peft_model(make_dit(num_layers=3 if kind == "other base" else 4), DiffFitConfig(num_classes=3))
+    if kind == "lora":
+        model = get_peft_model(make_dit(), LoraConfig(target_modules=["to_q"]))
+    if kind != "empty":
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        weights = tmp_path / "adapter_model.safetensors"
+    if kind == "pickle":
+        torch.save(load_file(weights), tmp_path / "adapter_model.bin")
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif kind in ("lacks a weight", "other rows"):
+        tensors = load_file(weights)
+        name = next(name for name in tensors if "embedding_table" in name)
+        tensor = tensors.pop(name)
+        if kind == "other rows":
+            tensors[name] = tensor[:2].clone()
+        save_file(tensors, weights)
+    with pytest.raises(ValueError):
+        pipe.load_difffit_weights(tmp_path, "new")
+    assert torch.equal(images(pipe), expected) and pipe.labels == labels
+    assert [name for name, _ in pipe.transformer.named_modules()] == names
