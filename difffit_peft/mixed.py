@@ -65,8 +65,17 @@ class DiffFitMixedModel(MixedModel):
         nested = [layer for layer in layers if isinstance(layer.base_layer, BaseTunerLayer)]
         if pending and any(layer.merged or layer.base_layer.merged for layer in nested):
             raise ValueError("Adapters are merged already: call unmerge_adapter() first, then merge all at once.")
-        for layer in reversed(layers if pending else []):  # a module comes before what it contains
-            layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        merged_before = {id(layer): list(layer.merged_adapters) for layer in layers}
+        try:
+            for layer in reversed(layers if pending else []):  # a module comes before what it contains
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer in layers:
+                if layer.merged_adapters != merged_before[id(layer)]:
+                    layer.unmerge()
+                    if merged_before[id(layer)]:
+                        layer.merge(adapter_names=merged_before[id(layer)])
+            raise
 
     def _unload_and_optionally_merge(
         self,

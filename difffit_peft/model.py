@@ -89,6 +89,21 @@ class DiffFitModel(BaseTuner):
         _check_names(expected, {name for name in remapped if f".{cls.prefix}" in name})
         return remapped
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter. If no other is active then, the first of the others becomes so, in every layer.
+
+        Raises:
+            ValueError: if there is no such adapter, or it is merged.
+        """
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        if adapter_name in active:  # peft 0.21 has each layer choose for itself, among the adapters that it holds
+            names = [name for name in active if name != adapter_name] or list(self.peft_config)[:1]
+            self.active_adapter = names
+            inference_mode = any(self.peft_config[name].inference_mode for name in names)
+            for layer in self._difffit_layers():
+                layer.set_adapter(names, inference_mode=inference_mode)
+
     def set_scale(self, adapter_name: str, strength: float) -> None:
         """Scales the effect of an adapter: 0 is the base, 1 the adapter, any real number between or beyond.
 
@@ -126,6 +141,8 @@ class DiffFitModel(BaseTuner):
             raise ValueError(f"weights={weights}: must be one finite number for each of the {len(adapters)} adapters.")
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(f"adapter_name={adapter_name!r}: PyTorch allows no dot in it.")
         whole = [name for name in adapters if self.peft_config[name].modules_to_save]
         if whole:
             raise ValueError(f"The adapter {whole[0]!r} has modules_to_save, which are saved whole and do not blend.")

@@ -239,13 +239,13 @@ def main(args: argparse.Namespace) -> dict:
     )
     if len(data) <= NEIGHBOURS:
         raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
+    if args.adapter:
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, args.adapter)
     resolution = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     with torch.no_grad():
         shape = extractor(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device)).shape
     if len(shape) != 2 or shape[0] != 2:
         raise ValueError(f"--features {args.features} gives {tuple(shape)} for two images: it must give (2, D).")
-    if args.adapter:
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, args.adapter)
     classes = model_classes(data.class_names, pipe)
     if classes is None:
         accelerator.print("The base does not know the real images' classes by name: class i of theirs is its own i.")

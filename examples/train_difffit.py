@@ -17,6 +17,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from tempfile import TemporaryDirectory
@@ -28,7 +29,13 @@ import matplotlib.pyplot as plt
 import PIL.Image
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -40,7 +47,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, save_checkpoint
+from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
 from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images, sample_latents
 from difffit_peft.training.draws import draw
 from difffit_peft.training.losses import diffusion_loss
@@ -51,6 +58,9 @@ SETTINGS = [
     *("lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
     *("snr_gamma", "max_grad_norm", "use_ema", "ema_decay"),
 ]
+
+
+SCHEDULES = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules of its own
 
 
 @dataclass
@@ -124,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")
     train.add_argument("--optimizer", choices=["adamw", "adamw_fused", "adamw_8bit"], default="adamw")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="DiffFit likes 10x that of pre-training")
-    train.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant")
+    train.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant")
     train.add_argument("--lr_warmup_steps", type=int, default=0, help="used by constant_with_warmup, cosine, ...")
     train.add_argument("--adam_beta1", type=float, default=0.9)
     train.add_argument("--adam_beta2", type=float, default=0.999)
@@ -245,6 +255,15 @@ def denoising_loss(model, mean, std, labels, draws, scheduler, snr_gamma) -> tor
     return diffusion_loss(output, x_0, draws.noise, draws.timesteps, scheduler, snr_gamma)
 
 
+def check_finite(what: str, value: float, step: int, output_dir: Path) -> None:
+    if not math.isfinite(value):
+        last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(output_dir))), "")
+        raise RuntimeError(
+            f"The {what} is {value} at step {step}, so the run stops and saves no adapter: lower --learning_rate, or "
+            f"train with --mixed_precision no or bf16.{last}"
+        )
+
+
 def write(path: Path, save) -> Path:
     """Calls `save` with a temporary path that then becomes `path`: a file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,8 +275,8 @@ def write(path: Path, save) -> Path:
 
 def draw_losses(history: dict[str, list], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
-    for name, points in history.items():
-        if points:
+    for name in ("training", "validation"):
+        if points := history[name]:
             axis.plot(*zip(*points, strict=True), label=name, alpha=0.8)
     axis.set_xlabel("step"), axis.set_ylabel("loss"), axis.set_yscale("log"), axis.legend(), axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -281,6 +300,10 @@ def main(args: argparse.Namespace) -> Result:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir / "logs",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # one process encodes and validates, the others wait
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # positions, which are the same everywhere
+        ],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
@@ -315,7 +338,7 @@ def main(args: argparse.Namespace) -> Result:
     else:
         classes = list(range(0, len(data.class_names), math.ceil(len(data.class_names) / 4)))
     cache = Path(args.cache_dir) if args.cache_dir else cached_assets_path("difffit_peft", "latents")
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():  # each machine has a cache of its own
         dataset = encode_latents(
             pipe.vae,
             data,
@@ -392,15 +415,25 @@ def main(args: argparse.Namespace) -> Result:
         "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
     } | {name: getattr(args, name) for name in SETTINGS}
     step, average = 0, None
-    history: dict[str, list] = {"training": [], "validation": []}
+    history: dict[str, list] = {"training": [], "validation": [], "grids": []}
+    found = checkpoints(args.output_dir)
+    if found and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"{args.output_dir} has checkpoints of another run, up to {found[-1].name}: go on with "
+            "--resume_from_checkpoint latest, choose another --output_dir, or remove them."
+        )
     if args.resume_from_checkpoint:
         path = Path(args.resume_from_checkpoint)
         if args.resume_from_checkpoint == "latest":
             path = next(reversed(checkpoints(args.output_dir)), None)
-        if path is None:
+        loaded = [None]  # read by the main process, which wrote it: other machines may not see its disk
+        if accelerator.is_main_process and path is not None:
+            loaded = [load_checkpoint(path, run)]
+            remove_later(args.output_dir, loaded[0]["step"])
+        state = broadcast_object_list(loaded)[0]
+        if state is None:
             accelerator.print(f"There is no checkpoint in {args.output_dir}: starting from the beginning.")
         else:
-            state = load_checkpoint(path, run)
             with torch.no_grad():
                 for parameter, value in zip(parameters, state["parameters"], strict=True):
                     parameter.copy_(value)
@@ -409,6 +442,8 @@ def main(args: argparse.Namespace) -> Result:
             if ema is not None:
                 ema.load_state_dict(state["ema"])
                 ema.to(accelerator.device)
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
             step, average, history = state["step"], state["average"], state["history"]
             accelerator.print(f"Resuming from {path}, after step {step}")
     if args.report_to != "none":
@@ -422,6 +457,7 @@ def main(args: argparse.Namespace) -> Result:
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "ema": ema.state_dict() if ema is not None else None,
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "step": step,
                 "average": average,
                 "history": history,
@@ -440,6 +476,7 @@ def main(args: argparse.Namespace) -> Result:
                 grid = sample_grid(pipe, classes, args)
                 path = args.output_dir / "validation" / f"step-{step:06d}.png"
                 write(path, lambda partial: grid.save(partial, format="PNG"))
+                history["grids"].append(str(path))
 
     # Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
     signals: list[int] = []
@@ -448,6 +485,8 @@ def main(args: argparse.Namespace) -> Result:
         validate()
     model.train()
     bar = tqdm(total=total_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the encoder
     micro_losses, seconds = [], []
     start = time.perf_counter()
     done = step * args.gradient_accumulation_steps
@@ -470,22 +509,19 @@ def main(args: argparse.Namespace) -> Result:
                 told = torch.tensor([loss.detach(), float(bool(signals))], device=accelerator.device)
                 loss_of_batch, stop = accelerator.reduce(told, reduction="mean").tolist()
                 micro_losses.append(loss_of_batch)
-                if not math.isfinite(loss_of_batch):
-                    last = next((f" The last checkpoint is {p}." for p in reversed(checkpoints(args.output_dir))), "")
-                    raise RuntimeError(
-                        f"The loss is {loss_of_batch} at step {step + 1}, so the run stops and saves no adapter: "
-                        f"lower --learning_rate, or train with --mixed_precision no or bf16.{last}"
-                    )
+                check_finite("loss", loss_of_batch, step + 1, args.output_dir)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if accelerator.scaler is None:  # a scaler skips such a step, and lowers its scale
+                        check_finite("gradient's norm", norm.item(), step + 1, args.output_dir)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             step += 1
-            if ema is not None:
+            if ema is not None and not optimizer.step_was_skipped:
                 ema.step(parameters)
             loss_of_step = statistics.fmean(micro_losses)
             average = loss_of_step if average is None else 0.99 * average + 0.01 * loss_of_step
@@ -518,10 +554,11 @@ def main(args: argparse.Namespace) -> Result:
                 file.replace(args.output_dir / file.name)
     accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
+    adapter_bytes = broadcast_object_list([adapter.stat().st_size if accelerator.is_main_process else None])[0]
     on_gpu = accelerator.device.type == "cuda"
     result = Result(
         output_dir=args.output_dir,
-        adapter_bytes=adapter.stat().st_size,
+        adapter_bytes=adapter_bytes,
         trained_parameters=trained_parameters,
         trained_share=trained_share,
         steps=step,
@@ -531,7 +568,7 @@ def main(args: argparse.Namespace) -> Result:
         peak_memory_bytes=torch.cuda.max_memory_allocated()
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        grids=sorted((args.output_dir / "validation").glob("step-*.png")),
+        grids=[Path(path) for path in history["grids"]],
     )
     if accelerator.is_main_process:
         draw_losses(history, args.output_dir / "loss.png")

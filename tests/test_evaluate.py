@@ -236,5 +236,12 @@ def test_says_what_inception_needs(script, workdir):
         run(script, workdir, "refused", "--features", "inception")
 
 
+def test_an_adapter_for_another_size(script, workdir):
+    model = get_peft_model(DiTPipeline.from_pretrained(workdir / "base").transformer, DiffFitConfig(sample_size=16))
+    model.save_pretrained(workdir / "wide", save_embedding_layers=False)
+    run(script, workdir, "wide report", "--adapter", str(workdir / "wide"))
+    assert PIL.Image.open(workdir / "wide report" / "samples.png").height % 32 == 0
+
+
 def test_accelerate_knows_the_configuration():
     assert load_config_from_file(str(EXAMPLES / "accelerate" / "ddp.yaml")).distributed_type == "MULTI_GPU"

@@ -141,7 +141,11 @@ class Verbs(RuleBasedStateMachine):
         self.model.delete_adapter(name)
         del self.values[name], self.strength[name]
         self.active = [other for other in self.active if other != name] or [next(iter(self.values))]
-        self.model.set_adapter(self.active[0])  # peft leaves some layers on one adapter and some on another
+        assert self.model.base_model.active_adapters == self.active
+        with torch.no_grad():
+            output = self.model.base_model(self.x, timestep=self.timestep, class_labels=self.labels).sample
+        torch.testing.assert_close(output, self.expected(self.active), rtol=1e-4, atol=1e-5)
+        self.model.set_adapter(self.active[0])  # PeftModel itself takes note of one active adapter alone
         self.model.base_model.set_adapter(self.active)
 
     @rule(names=st.none() | st.lists(adapters, min_size=1, max_size=2, unique=True), safe=st.booleans())

@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(script, workdir):
     before = {path: path.read_bytes() for path in (workdir / "healthy").rglob("*") if path.is_file()}
     checkpoint = workdir / "healthy" / "checkpoint-2"
     state = torch.load(checkpoint / "state.pt")
-    state["parameters"][0].fill_(float("nan"))
+    state["parameters"][0].fill_(float("nan"))  # stands for data that makes the loss overflow
     torch.save(state, checkpoint / "state.pt")
     before[checkpoint / "state.pt"] = (checkpoint / "state.pt").read_bytes()
     with pytest.raises(RuntimeError, match="The loss is nan at step 3.*The last checkpoint is .*checkpoint-2"):
@@ -195,7 +195,8 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
     assert interrupted(signal.SIGTERM, lambda: len(checkpoints(output)) >= 1) == 0
     after = int(checkpoints(output)[-1].name.split("-")[1])
     assert 1 <= after < 10
-    interrupted(signal.SIGKILL, lambda: (output / f"partial-checkpoint-{after + 1}").exists())  # while writing one
+    writing = output / f"partial-checkpoint-{after + 1}"
+    assert interrupted(signal.SIGKILL, writing.exists) == -signal.SIGKILL
     result = run(script, workdir, "killed", *flags, "--resume_from_checkpoint", "latest")
     adapters = [(r.output_dir / "adapter_model.safetensors").read_bytes() for r in (whole, result)]
     assert adapters[0] == adapters[1]
@@ -217,6 +218,15 @@ def test_another_run_is_not_resumed(script, workdir, result, flags, message):
         run(script, workdir, "stopped", "--checkpointing_steps", "2", "--num_validation_images", "0")
     with pytest.raises(ValueError, match=message):
         run(script, workdir, "stopped", "--resume_from_checkpoint", "latest", "--num_validation_images", "0", *flags)
+
+
+def test_a_folder_with_another_runs_checkpoints_is_not_written_to(script, workdir):
+    run(script, workdir, "taken", "--checkpointing_steps", "2", "--num_validation_images", "0")
+    with pytest.raises(ValueError, match="has checkpoints of another run, up to checkpoint-4: go on with --resume"):
+        run(script, workdir, "taken", "--num_validation_images", "0")
+    flags = ("--checkpointing_steps", "3", "--num_validation_images", "0")
+    run(script, workdir, "taken", *flags, "--resume_from_checkpoint", str(workdir / "taken" / "checkpoint-2"))
+    assert [path.name for path in checkpoints(workdir / "taken")] == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
@@ -259,6 +269,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(script, workdir):
     # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
     for name in [name for name in ours if "to_k.difffit_delta" not in name]:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_fused", "adamw_8bit"])
+def test_other_optimizers(script, workdir, result, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    other = run(script, workdir, optimizer, "--optimizer", optimizer, "--num_validation_images", "0")
+    ours, theirs = (load_file(r.output_dir / "adapter_model.safetensors") for r in (other, result))
+    for name in [name for name in ours if "to_k.difffit_delta" not in name]:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_another_resolution(script, workdir):

@@ -108,6 +108,7 @@ def test_a_blend_has_the_labels_its_adapters_agree_on(dit):
         ((["a"], [float("inf")], "new"), "must be one finite number"),
         ((["a"], [1], "b"), "There is an adapter 'b' already"),
         ((["b"], [1], "new"), "'b' has modules_to_save"),
+        ((["a"], [1], "v1.0"), "adapter_name='v1.0': PyTorch allows no dot in it"),
     ],
 )
 def test_blends_that_are_refused(dit, arguments, message):
@@ -263,6 +264,18 @@ def test_mixed_with_lora(first, inputs):
     merged = model.merge_and_unload()
     assert list(merged.state_dict()) == list(make_dit().state_dict())
     torch.testing.assert_close(outputs(merged, inputs), both, **CLOSE)
+
+
+@pytest.mark.parametrize("first", ["lora", "difffit"])
+def test_a_mixed_merge_that_fails_changes_nothing(first):
+    model = mixed_dit(first)
+    model.base_model.model.proj_out_1.difffit_delta["difffit"].data[0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer.weight" in name}
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert not model.get_model_status().merged_adapters
+    for name, tensor in before.items():  # LoRA unmerges by subtracting
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["lora", "difffit"])

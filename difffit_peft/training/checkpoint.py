@@ -64,6 +64,13 @@ def save_checkpoint(
     return path
 
 
+def remove_later(output_dir: str | os.PathLike, step: int) -> None:
+    """Removes the checkpoints after `step`, for a run that goes on from there."""
+    for path in checkpoints(output_dir):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+
+
 def load_checkpoint(path: str | os.PathLike, run: dict[str, Any]) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote, if it belongs to the same run.
 

@@ -168,6 +168,7 @@ def main() -> None:
                 *("--num_validation_images", "0"),
                 *("--num_held_out_images", "0"),
                 *("--report_to", "none"),
+                *("--checkpointing_steps", "1000000"),  # it takes minutes, and may be run again
                 "--no-random_flip",
             ]
         )
