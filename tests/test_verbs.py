@@ -284,3 +284,18 @@ def test_mixed_and_unloaded(first, inputs):
     expected = make_dit().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in dit.state_dict().items())
     assert torch.equal(outputs(dit, inputs), outputs(make_dit(), make_inputs()))
+
+
+def test_the_next_adapter_becomes_active_in_every_layer(dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig(), adapter_name="a")
+    model.add_adapter("b", DiffFitConfig(target_modules=["attn1.to_v"]))
+    model.add_adapter("c", DiffFitConfig())
+    for seed, name in enumerate("abc"):
+        spread(model, name, seed)
+    model.set_adapter("b")
+    expected = outputs(model, inputs)
+    model.set_adapter("a")
+    model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    assert torch.equal(outputs(model, inputs), expected)
+    assert all(p.requires_grad == name.endswith(".b") for name, p in model.named_parameters() if "difffit_" in name)
