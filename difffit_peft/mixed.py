@@ -11,7 +11,6 @@ import warnings
 from typing import Any, Union
 
 import peft.mixed_model
-import peft.tuners
 from peft import PeftConfig
 from peft.tuners import mixed
 from peft.tuners.mixed.model import MixedModel

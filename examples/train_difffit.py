@@ -307,8 +307,8 @@ def main(args: argparse.Namespace) -> Result:
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"This script cannot train under {accelerator.distributed_type.value}: a frozen DiT fits on each GPU, so "
-            "use DDP (examples/accelerate/ddp.yaml), which is faster."
+            f"This script cannot train under {accelerator.distributed_type.value}: use DDP "
+            "(examples/accelerate/ddp.yaml), which exchanges megabytes where they exchange the whole frozen base."
         )
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiTPipeline.from_pretrained(
