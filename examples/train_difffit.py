@@ -13,22 +13,13 @@ import math
 import resource
 import signal
 import statistics
-import time
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM
-from tempfile import TemporaryDirectory
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import PIL.Image
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -37,20 +28,18 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers import DDPMScheduler, DiTPipeline
-from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from huggingface_hub import cached_assets_path
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from difffit_peft import DiffFitConfig
+from difffit_peft.files import whole_files, write
 from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
-from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images, sample_latents
-from difffit_peft.training.draws import draw
-from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.loop import Diverged, TrainingLoop
+from difffit_peft.training.pictures import grid_over_time, plot_losses, sample_grid
 
 # What a run must keep to be resumed, beside its data and base.
 SETTINGS = [
@@ -200,101 +189,13 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
     return Subset(dataset, sorted(order[held_out:])), Subset(dataset, sorted(order[:held_out]))
 
 
-@contextmanager
-def averaged_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
-    """Puts the averaged weights in place for a while."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-def sample_grid(pipe: DiTPipeline, classes: list[int], args: argparse.Namespace):
-    """One row of images per class; the same seeds in every column, at every call."""
-    training = pipe.transformer.training
-    pipe.transformer.eval()
-    images = []
-    device = pipe.transformer.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # training goes on as without it
-        torch.manual_seed(args.seed)
-        for label in classes:
-            images += pipe(
-                [label] * args.num_validation_images,
-                guidance_scale=args.guidance_scale,
-                num_inference_steps=args.num_inference_steps,
-                generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)],
-            ).images
-    pipe.transformer.train(training)
-    return make_image_grid(images, len(classes), args.num_validation_images)
-
-
-@torch.no_grad()
-def validation_loss(pipe: DiTPipeline, held_out: Subset, scheduler: DDPMScheduler, args: argparse.Namespace) -> float:
-    """The loss of the held-out images, at the same noise and timesteps at every call."""
-    training, device = pipe.transformer.training, pipe.transformer.device
-    pipe.transformer.eval()
-    losses = []
-    for step, (mean, std, labels) in enumerate(DataLoader(held_out, args.train_batch_size)):
-        draws = draw(args.seed, step, mean.shape, scheduler.config.num_train_timesteps, device=device)
-        losses.append(denoising_loss(pipe.transformer, mean.to(device), std.to(device), labels.to(device), draws,
-                                     scheduler, args.snr_gamma))  # fmt: skip
-    pipe.transformer.train(training)
-    return torch.cat(losses).mean().item()
-
-
-def denoising_loss(model, mean, std, labels, draws, scheduler, snr_gamma) -> torch.Tensor:
-    """The loss of each sample of a batch."""
-    x_0 = sample_latents(mean, std, draws.view, draws.posterior)
-    x_t = scheduler.add_noise(x_0, draws.noise, draws.timesteps)
-    output = model(x_t, timestep=draws.timesteps, class_labels=labels).sample
-    return diffusion_loss(output, x_0, draws.noise, draws.timesteps, scheduler, snr_gamma)
-
-
-def check_finite(what: str, value: float, step: int, output_dir: Path) -> None:
-    if not math.isfinite(value):
-        last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(output_dir))), "")
-        raise RuntimeError(
-            f"The {what} is {value} at step {step}, so the run stops and saves no adapter: lower --learning_rate, or "
-            f"train with --mixed_precision no or bf16.{last}"
-        )
-
-
-def write(path: Path, save) -> Path:
-    """Calls `save` with a temporary path that then becomes `path`: a file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    save(partial)
-    partial.rename(path)
-    return path
-
-
-def draw_losses(history: dict[str, list], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name in ("training", "validation"):
-        if points := history[name]:
-            axis.plot(*zip(*points, strict=True), label=name, alpha=0.8)
-    axis.set_xlabel("step"), axis.set_ylabel("loss"), axis.set_yscale("log"), axis.legend(), axis.grid(alpha=0.3)
-    figure.tight_layout()
-    write(path, figure.savefig)
-    plt.close(figure)
-
-
-def grid_over_time(grids: list[Path], rows: int) -> PIL.Image.Image:
-    """The first picture of each class, one row of them per grid."""
-    pictures = []
-    for path in grids:
-        grid = PIL.Image.open(path)
-        side = grid.height // rows
-        pictures += [grid.crop((0, i * side, side, (i + 1) * side)) for i in range(rows)]
-    return make_image_grid(pictures, len(grids), rows)
-
-
 def main(args: argparse.Namespace) -> Result:
+    found = checkpoints(args.output_dir)
+    if found and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"{args.output_dir} has checkpoints of another run, up to {found[-1].name}: go on with "
+            "--resume_from_checkpoint latest, choose another --output_dir, or remove them."
+        )
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -360,14 +261,12 @@ def main(args: argparse.Namespace) -> Result:
         gamma_layers=args.gamma_layers,
         sample_size=sample_size,
     )
-    for module in pipe.transformer.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # labels are dropped below, by draws that depend on the step alone
     base = fingerprint(pipe.transformer)
     base_parameters = sum(p.numel() for p in pipe.transformer.parameters())
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     model = get_peft_model(pipe.transformer, config)
+    pipe.transformer = model
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained_parameters = sum(p.numel() for p in parameters)
     trained_share = trained_parameters / base_parameters
@@ -391,17 +290,22 @@ def main(args: argparse.Namespace) -> Result:
     order = RandomSampler(train_set, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
     loader = DataLoader(train_set, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
     optimizer = make_optimizer(parameters, args)
-    schedule = get_scheduler(  # Accelerate steps it once per process
+    lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=total_steps * accelerator.num_processes,
     )
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    forward = torch.compile(model) if args.torch_compile else model
-    ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
-    pipe.transformer = accelerator.unwrap_model(model)
-    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    loop = TrainingLoop(
+        accelerator,
+        *accelerator.prepare(model, optimizer, lr_scheduler),
+        DDPMScheduler.from_config(pipe.scheduler.config),
+        seed=args.seed,
+        snr_gamma=args.snr_gamma,
+        max_grad_norm=args.max_grad_norm,
+        ema_decay=args.ema_decay if args.use_ema else None,
+        compile=args.torch_compile,
+    )
 
     run = {
         "data": dataset.key,
@@ -414,18 +318,11 @@ def main(args: argparse.Namespace) -> Result:
         "gamma_layers": args.gamma_layers,
         "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
     } | {name: getattr(args, name) for name in SETTINGS}
-    step, average = 0, None
     history: dict[str, list] = {"training": [], "validation": [], "grids": []}
-    found = checkpoints(args.output_dir)
-    if found and not args.resume_from_checkpoint:
-        raise ValueError(
-            f"{args.output_dir} has checkpoints of another run, up to {found[-1].name}: go on with "
-            "--resume_from_checkpoint latest, choose another --output_dir, or remove them."
-        )
     if args.resume_from_checkpoint:
-        path = Path(args.resume_from_checkpoint)
-        if args.resume_from_checkpoint == "latest":
-            path = next(reversed(checkpoints(args.output_dir)), None)
+        path = found[-1] if found else None
+        if args.resume_from_checkpoint != "latest":
+            path = Path(args.resume_from_checkpoint)
         loaded = [None]  # read by the main process, which wrote it: other machines may not see its disk
         if accelerator.is_main_process and path is not None:
             loaded = [load_checkpoint(path, run)]
@@ -434,124 +331,69 @@ def main(args: argparse.Namespace) -> Result:
         if state is None:
             accelerator.print(f"There is no checkpoint in {args.output_dir}: starting from the beginning.")
         else:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, state["parameters"], strict=True):
-                    parameter.copy_(value)
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            if ema is not None:
-                ema.load_state_dict(state["ema"])
-                ema.to(accelerator.device)
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            step, average, history = state["step"], state["average"], state["history"]
-            accelerator.print(f"Resuming from {path}, after step {step}")
+            history = state.pop("history")
+            loop.load_state_dict(state)
+            accelerator.print(f"Resuming from {path}, after step {loop.step}")
     if args.report_to != "none":
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("difffit", config=settings)
 
-    def checkpoint() -> None:
-        if accelerator.is_main_process:
-            state = {
-                "parameters": [parameter.detach() for parameter in parameters],
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "ema": ema.state_dict() if ema is not None else None,
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "step": step,
-                "average": average,
-                "history": history,
-            }
-            save_checkpoint(args.output_dir, step, state, run, args.checkpoints_total_limit)
-
     def validate() -> None:
         if not accelerator.is_main_process:
             return
-        with averaged_weights(ema, parameters):
+        with loop.averaged_weights():
             if len(held_out):
-                loss = validation_loss(pipe, held_out, noise_scheduler, args)
-                history["validation"].append((step, loss))
-                accelerator.log({"validation_loss": loss}, step=step)
+                loss = loop.validation_loss(held_out, args.train_batch_size)
+                history["validation"].append((loop.step, loss))
+                accelerator.log({"validation_loss": loss}, step=loop.step)
             if args.num_validation_images > 0:
-                grid = sample_grid(pipe, classes, args)
-                path = args.output_dir / "validation" / f"step-{step:06d}.png"
+                grid = sample_grid(
+                    pipe,
+                    classes,
+                    args.num_validation_images,
+                    seed=args.seed,
+                    guidance_scale=args.guidance_scale,
+                    num_inference_steps=args.num_inference_steps,
+                )
+                path = args.output_dir / "validation" / f"step-{loop.step:06d}.png"
                 write(path, lambda partial: grid.save(partial, format="PNG"))
                 history["grids"].append(str(path))
 
     # Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
-    signals: list[int] = []
-    handlers = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in (SIGINT, SIGTERM)}
-    if step == 0:
+    handlers = {n: signal.signal(n, lambda *_: loop.stop()) for n in (signal.SIGINT, signal.SIGTERM)}
+    if loop.step == 0:
         validate()
-    model.train()
-    bar = tqdm(total=total_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
+    bar = tqdm(total=total_steps, initial=loop.step, desc="Training", disable=not accelerator.is_local_main_process)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the encoder
-    micro_losses, seconds = [], []
-    start = time.perf_counter()
-    done = step * args.gradient_accumulation_steps
-    null_class = pipe.transformer.config.num_embeds_ada_norm
     try:
-        for batch, (mean, std, labels) in enumerate(skip_first_batches(loader, done), start=done):
-            draws = draw(
-                args.seed,
-                batch,
-                mean.shape,
-                noise_scheduler.config.num_train_timesteps,
-                process=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                device=accelerator.device,
-            )
-            labels = torch.where(draws.dropped, null_class, labels)
-            with accelerator.accumulate(model):
-                loss = denoising_loss(forward, mean, std, labels, draws, noise_scheduler, args.snr_gamma).mean()
-                # the loss, and whether a process was told to stop: all must know, to stop together
-                told = torch.tensor([loss.detach(), float(bool(signals))], device=accelerator.device)
-                loss_of_batch, stop = accelerator.reduce(told, reduction="mean").tolist()
-                micro_losses.append(loss_of_batch)
-                check_finite("loss", loss_of_batch, step + 1, args.output_dir)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                    if accelerator.scaler is None:  # a scaler skips such a step, and lowers its scale
-                        check_finite("gradient's norm", norm.item(), step + 1, args.output_dir)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            if ema is not None and not optimizer.step_was_skipped:
-                ema.step(parameters)
-            loss_of_step = statistics.fmean(micro_losses)
-            average = loss_of_step if average is None else 0.99 * average + 0.01 * loss_of_step
-            micro_losses.clear()
-            seconds.append(time.perf_counter() - start)
-            bar.set_postfix(loss=f"{average:.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}")
+        for loss in loop.steps(accelerator.prepare(loader)):
+            lr = loop.lr_scheduler.get_last_lr()[0]
+            bar.set_postfix(loss=f"{loop.average:.4f}", lr=f"{lr:.1e}")
             bar.update()
-            history["training"].append((step, average))
-            accelerator.log({"loss": loss_of_step, "lr": schedule.get_last_lr()[0]}, step=step)
-            if step % args.validation_steps == 0 or step == total_steps:
+            history["training"].append((loop.step, loop.average))
+            accelerator.log({"loss": loss, "lr": lr}, step=loop.step)
+            if loop.step % args.validation_steps == 0 or loop.step == total_steps:
                 validate()
-            if step % args.checkpointing_steps == 0 or stop:
-                checkpoint()
-            if stop:
-                accelerator.print(f"\nStopped after step {step}; go on with --resume_from_checkpoint latest")
-                accelerator.end_training()
-                raise SystemExit(0)
-            start = time.perf_counter()
+            if (loop.step % args.checkpointing_steps == 0 or loop.stopping) and accelerator.is_main_process:
+                state = loop.state_dict() | {"history": history}
+                save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit)
+    except Diverged as error:
+        last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
+        raise Diverged(f"{error} No adapter is saved.{last}") from None
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if loop.stopping:
+        accelerator.print(f"Stopped after step {loop.step}; go on with --resume_from_checkpoint latest")
+        accelerator.end_training()
+        raise SystemExit(0)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with averaged_weights(ema, parameters), TemporaryDirectory(dir=args.output_dir) as partial:
-            pipe.transformer.save_pretrained(partial, save_embedding_layers=False)
-            for file in Path(partial).iterdir():  # each file appears whole or not at all
-                file.replace(args.output_dir / file.name)
+        with loop.averaged_weights(), whole_files(args.output_dir) as partial:
+            model.save_pretrained(partial, save_embedding_layers=False)
     accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
     adapter_bytes = broadcast_object_list([adapter.stat().st_size if accelerator.is_main_process else None])[0]
@@ -561,9 +403,9 @@ def main(args: argparse.Namespace) -> Result:
         adapter_bytes=adapter_bytes,
         trained_parameters=trained_parameters,
         trained_share=trained_share,
-        steps=step,
-        seconds_per_step=statistics.median(seconds[2:] or seconds or [0.0]),
-        loss=average,
+        steps=loop.step,
+        seconds_per_step=statistics.median(loop.seconds[2:] or loop.seconds or [0.0]),
+        loss=loop.average,
         validation_loss=history["validation"][-1][1] if history["validation"] else None,
         peak_memory_bytes=torch.cuda.max_memory_allocated()
         if on_gpu
@@ -571,7 +413,7 @@ def main(args: argparse.Namespace) -> Result:
         grids=[Path(path) for path in history["grids"]],
     )
     if accelerator.is_main_process:
-        draw_losses(history, args.output_dir / "loss.png")
+        plot_losses({name: history[name] for name in ("training", "validation")}, args.output_dir / "loss.png")
         if result.grids:
             picture = grid_over_time(result.grids, len(classes))
             write(args.output_dir / "validation.png", lambda partial: picture.save(partial, format="PNG"))
@@ -580,8 +422,8 @@ def main(args: argparse.Namespace) -> Result:
         shown = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
         accelerator.print(
             f"{adapter}: {result.adapter_bytes:,} bytes, {trained_parameters:,} parameters, "
-            f"{trained_share:.3%} of the base's\n{step} steps at {result.seconds_per_step:.3f} s, loss "
-            f"{average:.4f}{shown}, peak memory {result.peak_memory_bytes / 2**30:.1f} GiB\n"
+            f"{trained_share:.3%} of the base's\n{loop.step} steps at {result.seconds_per_step:.3f} s, loss "
+            f"{loop.average:.4f}{shown}, peak memory {result.peak_memory_bytes / 2**30:.1f} GiB\n"
             f"Pictures: {args.output_dir}/loss.png" + (f", {args.output_dir}/validation.png" if result.grids else "")
         )
     accelerator.end_training()

@@ -151,7 +151,7 @@ def test_accumulated_steps_bf16_and_no_average(script, workdir):
 
 def test_a_loss_that_is_not_finite_stops_the_run(script, workdir):
     flags = ("--learning_rate", "1e30", "--num_validation_images", "0")
-    with pytest.raises(RuntimeError, match=r"at step 2.*learning_rate"):
+    with pytest.raises(RuntimeError, match=r"at step 2: lower the learning rate"):
         run(script, workdir, "diverged", *flags)
     assert not (workdir / "diverged").exists()
 
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(script, workdir):
     before = {path: path.read_bytes() for path in (workdir / "healthy").rglob("*") if path.is_file()}
     checkpoint = workdir / "healthy" / "checkpoint-2"
     state = torch.load(checkpoint / "state.pt")
-    state["parameters"][0].fill_(float("nan"))  # stands for data that makes the loss overflow
+    state["parameters"][:9].fill_(float("nan"))  # stands for data that makes the loss overflow
     torch.save(state, checkpoint / "state.pt")
     before[checkpoint / "state.pt"] = (checkpoint / "state.pt").read_bytes()
     with pytest.raises(RuntimeError, match="The loss is nan at step 3.*The last checkpoint is .*checkpoint-2"):

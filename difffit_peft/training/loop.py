@@ -1,0 +1,231 @@
+"""The training loop: everything that changes while a run goes on, one optimiser step after another."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from diffusers import DDPMScheduler
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .data import sample_latents
+from .draws import Draws, draw
+from .losses import diffusion_loss
+
+
+class Diverged(RuntimeError):
+    """A loss, or the gradients, are not finite."""
+
+
+class TrainingLoop:
+    """Trains the parameters of a DiT that require gradients, on cached latents.
+
+        loop = TrainingLoop(accelerator, model, optimizer, lr_scheduler, noise_scheduler, seed=0)
+        for loss in loop.steps(loader):
+            print(loop.step, loss)
+        with loop.averaged_weights():
+            model.save_pretrained("adapter", save_embedding_layers=False)
+
+    All that is drawn is a function of the seed and the step (`draws`), and labels are dropped here: the model's own
+    label dropout is turned off. So a run that goes on from `state_dict()` is, on a CPU, the uninterrupted one to the
+    last bit.
+
+    On the accelerator are the trained weights, their gradients and AdamW's moments, 16 bytes a parameter in all. The
+    average of the weights is kept in the memory of the CPU.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`, which has prepared the next three.
+        model: a `DiTTransformer2DModel`, adapted or not.
+        optimizer: of the model's parameters that require gradients.
+        lr_scheduler: stepped with the optimizer.
+        noise_scheduler: with the `betas` and the `prediction_type` of the base.
+        seed: of all draws.
+        snr_gamma: min-SNR weighting, see `losses.diffusion_loss`.
+        max_grad_norm: gradients are clipped to this norm.
+        ema_decay: of the average of the weights (Diffusers' `EMAModel`, warmed up); `None`: no average.
+        compile: call the model through `torch.compile`.
+
+    Attributes:
+        step: optimiser steps done.
+        average: running mean of the loss over about 100 steps, or `None` before the first.
+        seconds: of each step done here, without what was done between steps.
+        stopping: whether `steps` ends after this step, because `stop` was called in one of the processes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        noise_scheduler: DDPMScheduler,
+        *,
+        seed: int,
+        snr_gamma: float | None = None,
+        max_grad_norm: float = 1.0,
+        ema_decay: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.lr_scheduler = accelerator, model, optimizer, lr_scheduler
+        self.noise_scheduler, self.seed = noise_scheduler, seed
+        self.snr_gamma, self.max_grad_norm = snr_gamma, max_grad_norm
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema = None
+        if ema_decay is not None:
+            self.ema = EMAModel([self._flat()], decay=ema_decay, use_ema_warmup=True, power=0.75)
+        self.step = 0
+        self.average: float | None = None
+        self.seconds: list[float] = []
+        self.stopping = self._stop_asked = False
+        self._forward = torch.compile(model) if compile else model
+        for module in model.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0
+        self._null_class = accelerator.unwrap_model(model).config.num_embeds_ada_norm
+
+    def steps(self, loader: DataLoader) -> Iterator[float]:
+        """Trains on the batches of `loader`, without those already trained on; yields the loss of each optimiser step.
+
+        A batch is what `LatentDataset` gives: mean and std of shape (batch, views, channels, height, width), labels
+        (batch,).
+
+        Raises:
+            Diverged: if the loss or the norm of the gradients is not finite; the weights are then as they were.
+        """
+        self.model.train()
+        losses = []
+        start = time.perf_counter()
+        done = self.step * self.accelerator.gradient_accumulation_steps
+        for batch, (mean, std, labels) in enumerate(skip_first_batches(loader, done), start=done):
+            with self.accelerator.accumulate(self.model):
+                losses.append(self._backward(self._draw(batch, mean.shape), mean, std, labels))
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+                    if self.accelerator.scaler is None:  # a scaler skips such a step, and lowers its scale
+                        self._check_finite("norm of the gradients", norm.item())
+                self.optimizer.step()
+                self.lr_scheduler.step()
+                self.optimizer.zero_grad()
+            if not self.accelerator.sync_gradients:
+                continue
+            self.step += 1
+            if self.ema is not None and not self.optimizer.step_was_skipped:
+                self.ema.step([self._flat()])
+            loss = statistics.fmean(losses)
+            losses.clear()
+            self.average = loss if self.average is None else 0.99 * self.average + 0.01 * loss
+            self.seconds.append(time.perf_counter() - start)
+            yield loss
+            if self.stopping:
+                return
+            start = time.perf_counter()
+
+    def stop(self) -> None:
+        """Asks all processes to stop after the step they are in; a signal handler may call it."""
+        self._stop_asked = True
+
+    @torch.no_grad()
+    def validation_loss(self, dataset: Dataset, batch_size: int) -> float:
+        """The mean loss of images that are not trained on, at the same noise and timesteps at every call."""
+        model = self.accelerator.unwrap_model(self.model)
+        training, device = model.training, self.accelerator.device
+        model.eval()
+        losses = []
+        for batch, (mean, std, labels) in enumerate(DataLoader(dataset, batch_size)):
+            draws = draw(self.seed, batch, mean.shape, self.noise_scheduler.config.num_train_timesteps, device=device)
+            losses.append(self._losses(model, draws, mean.to(device), std.to(device), labels.to(device)))
+        model.train(training)
+        return torch.cat(losses).mean().item()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Puts the average of the weights, where there is one, in their place for a while."""
+        if self.ema is None:
+            yield
+            return
+        trained = self._flat()
+        self._set(self.ema.shadow_params[0])
+        try:
+            yield
+        finally:
+            self._set(trained)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that another process needs to go on from here, beside the data and the base."""
+        scaler = self.accelerator.scaler
+        return {
+            "parameters": self._flat().detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "step": self.step,
+            "average": self.average,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self._set(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.average = state["step"], state["average"]
+
+    def _draw(self, batch: int, shape: tuple[int, ...]) -> Draws:
+        return draw(
+            self.seed,
+            batch,
+            shape,
+            self.noise_scheduler.config.num_train_timesteps,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            device=self.accelerator.device,
+        )
+
+    def _losses(self, model: nn.Module, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample, (batch,)."""
+        x_0 = sample_latents(mean, std, draws.view, draws.posterior)
+        x_t = self.noise_scheduler.add_noise(x_0, draws.noise, draws.timesteps)
+        output = model(x_t, timestep=draws.timesteps, class_labels=labels).sample
+        return diffusion_loss(output, x_0, draws.noise, draws.timesteps, self.noise_scheduler, self.snr_gamma)
+
+    def _backward(self, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> float:
+        """Adds the gradients of one batch; its loss over all processes."""
+        labels = torch.where(draws.dropped, self._null_class, labels)
+        loss = self._losses(self._forward, draws, mean, std, labels).mean()
+        # the loss, and whether a process was asked to stop: all must know, to stop together
+        told = torch.tensor([loss.detach(), float(self._stop_asked)], device=self.accelerator.device)
+        everyones, stop = self.accelerator.reduce(told, reduction="mean").tolist()
+        self.stopping = self.stopping or stop > 0
+        self._check_finite("loss", everyones)
+        self.accelerator.backward(loss)
+        return everyones
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise Diverged(
+                f"The {what} is {value} at step {self.step + 1}: lower the learning rate, or train in bfloat16 or "
+                "float32."
+            )
+
+    @torch.no_grad()
+    def _flat(self) -> nn.Parameter:
+        """A copy of the trained weights, (parameters,), in the memory of the CPU."""
+        return nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]).cpu())
+
+    @torch.no_grad()
+    def _set(self, flat: Tensor) -> None:
+        for parameter, value in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.copy_(value.view_as(parameter))
