@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import regex
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from .hub import check_adapter_file
+from .hub import adapter_folder, check_adapter_file, read_adapter_config
+
+# What a regular expression of a config may not hold. Repeats and recursion let a few characters ask for any amount of
+# memory; time is bounded where expressions are matched.
+_FORBIDDEN = regex.compile(r"(?<!\\)(?:\\\\)*(\{|\(\?(?!:|=|!|<=|<!))")
+_MAX_EXPRESSION, _MAX_ENTRIES = 2**16, 2**12
+_MATCHING_SECONDS = 0.5
 
 
 @dataclass
@@ -81,49 +89,62 @@ class DiffFitConfig(PeftConfig):
         self.peft_type = PeftType.DIFFFIT
         for name in ("target_modules", "exclude_modules", "gamma_modules"):
             setattr(self, name, _checked_patterns(name, getattr(self, name)))
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r}: must be a list of module names, or None.")
+        saved = self.modules_to_save
+        if saved is not None and (  # peft reads them as regular expressions in places
+            not _is_list(saved) or not all(isinstance(m, str) and regex.fullmatch(r"[\w.]+", m) for m in saved)
+        ):
+            raise ValueError(f"modules_to_save={short(saved)}: must be a list of module names, or None.")
         if self.gamma_layers is not None:
             layers = self.gamma_layers
-            if not isinstance(layers, (list, tuple, set)) or not all(_is_int(i) and i >= 0 for i in layers):
-                raise ValueError(f"gamma_layers={layers!r}: must be a list of block indices from 0 up, or None.")
+            if not _is_list(layers) or not all(_is_int(i) and i >= 0 for i in layers):
+                raise ValueError(f"gamma_layers={short(layers)}: must be a list of block indices from 0 up, or None.")
             self.gamma_layers = sorted(set(layers))
         self._check_classes()
         if self.sample_size is not None and not (_is_int(self.sample_size) and self.sample_size > 0):
-            raise ValueError(f"sample_size={self.sample_size!r}: the side of the latents is an integer above 0.")
+            raise ValueError(f"sample_size={short(self.sample_size)}: the side of the latents is an integer above 0.")
+        if self.base_config is not None and not isinstance(self.base_config, dict):
+            raise ValueError(f"base_config={short(self.base_config)}: must be a dict, or None.")
         if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights={self.init_weights!r}: must be True or False.")
+            raise ValueError(f"init_weights={short(self.init_weights)}: must be True or False.")
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> DiffFitConfig:
-        """Loads the config of an adapter, as every `PeftConfig` does.
+        """Loads the config of an adapter, as every `PeftConfig` does, and looks at the weights beside it.
 
         `PeftModel.from_pretrained` calls this before it touches the model, and reads the weights after. So that a
-        broken file leaves the model as it was, the weights of a local folder are checked here.
+        broken file leaves the model as it was, the weights are checked here.
 
         Raises:
-            ValueError: if there is no config, or the weights beside it are truncated or not finite.
+            ValueError: if there is no config, if it says what no config may, or if the weights beside it are a pickle,
+                truncated, or not finite.
+            HfHubHTTPError: of `huggingface_hub`, if it cannot be downloaded.
         """
-        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        shapes = check_adapter_file(weights) if weights.is_file() else None
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config._shapes_in_file = shapes
+        hub, _, _ = cls._split_kwargs(kwargs)
+        folder = adapter_folder(pretrained_model_name_or_path, subfolder, **hub)
+        config = super().from_pretrained(str(folder))
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        config._shapes_in_file = check_adapter_file(weights) if weights.is_file() else None
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Reads an `adapter_config.json`; raises `ValueError` for a file that is none."""
+        return read_adapter_config(Path(path_json_file))
 
     def _check_classes(self) -> None:
         if self.init_class_rows not in ("null", "base"):
             raise ValueError(
-                f"init_class_rows={self.init_class_rows!r}: must be 'null' or 'base'."
+                f"init_class_rows={short(self.init_class_rows)}: must be 'null' or 'base'."
                 + nearest(self.init_class_rows, ["null", "base"])
             )
         if self.num_classes is not None and not (_is_int(self.num_classes) and self.num_classes >= 1):
-            raise ValueError(f"num_classes={self.num_classes!r}: must be an integer of at least 1, or None.")
+            raise ValueError(f"num_classes={short(self.num_classes)}: must be an integer of at least 1, or None.")
         if self.id2label is None:
             return
         if not isinstance(self.id2label, dict) or not self.id2label:
-            raise ValueError(f"id2label={self.id2label!r}: must be a dict of class indices and names, or None.")
+            raise ValueError(f"id2label={short(self.id2label)}: must be a dict of class indices and names, or None.")
         try:
             self.id2label = {int(index): label for index, label in self.id2label.items()}  # JSON has string keys
         except (TypeError, ValueError):
@@ -149,19 +170,52 @@ def nearest(given: Any, allowed: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def fullmatches(field_name: str, expression: str, names: Iterable[str]) -> list[str]:
+    """The names that a regular expression matches from end to end.
+
+    Raises:
+        ValueError: if that takes longer than half a second, as expressions can be written to take for ever.
+    """
+    compiled, deadline = regex.compile(expression), time.monotonic() + _MATCHING_SECONDS
+    try:
+        return [name for name in names if compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 1e-3))]
+    except TimeoutError:
+        raise ValueError(
+            f"{field_name}={short(expression)} takes more than {_MATCHING_SECONDS} s to match: write it without "
+            "repeats inside repeats, or list the names."
+        ) from None
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and len(value) <= _MAX_ENTRIES
+
+
+def short(value: Any) -> str:
+    """What a message shows of a value that may be of any size."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an enormous number"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _checked_patterns(name: str, value: Any) -> list[str] | str | None:
     if value is None:
         return None
     if isinstance(value, str):
+        if len(value) > _MAX_EXPRESSION or _FORBIDDEN.search(value):
+            raise ValueError(
+                f"{name}={short(value)}: a regular expression of names has at most {_MAX_EXPRESSION} characters, no "
+                "{counts}, and no groups that start with (? but (?:, (?=, (?!, (?<= and (?<!."
+            )
         try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from None
+            regex.compile(value)
+        except (regex.error, RecursionError) as error:
+            raise ValueError(f"{name}={short(value)} is not a regular expression: {error}.") from None
         return value
-    if isinstance(value, (list, tuple, set)) and all(isinstance(item, str) and item for item in value):
+    if _is_list(value) and all(isinstance(item, str) and item for item in value):
         return sorted(set(value))
-    raise ValueError(f"{name}={value!r}: must be a list of module names, a regular expression, or None.")
+    raise ValueError(
+        f"{name}={short(value)}: must be a list of at most {_MAX_ENTRIES} module names, a regular expression, or None."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
@@ -35,10 +35,9 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
     if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, DiffFitLayer)):
         raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
     old = model.peft_config[adapter_name]
-    new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
-    for config in (old, new):
-        if not isinstance(config, DiffFitConfig):
-            raise ValueError(f"Only DiffFit adapters can be swapped here, but one is of {config.peft_type}.")
+    if not isinstance(old, DiffFitConfig):
+        raise ValueError(f"Only DiffFit adapters can be swapped here, but {adapter_name!r} is of {old.peft_type}.")
+    new = DiffFitConfig.from_pretrained(model_name_or_path, **kwargs)
     weights = load_peft_weights(model_name_or_path, device="cpu", **kwargs)
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     differing = [
@@ -57,9 +56,6 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
             + (f", and {len(differing) - 1} more differences" if differing[1:] else "")
             + ". Load it with load_adapter() under a name of its own."
         )
-    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
-    if broken:
-        raise ValueError(f"{model_name_or_path} holds values that are not finite, in {broken}.")
     new.inference_mode = old.inference_mode
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     model.peft_config[adapter_name] = new

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from . import conditioning, resolution
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
-from .config import DiffFitConfig, nearest
+from .config import DiffFitConfig, fullmatches, nearest, short
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported, parameter_shape
+
+_MAX_UPSCALING = 16  # an adapter from a stranger must not ask for any amount of memory
 
 # Which of γ and δ each layer gets, by the layer's name.
 _Plan = dict[str, dict[str, bool]]
@@ -299,11 +301,15 @@ def _facts_of_base(
     if differing:
         raise ValueError(
             "This adapter belongs to another base: "
-            + ", ".join(f"{name} is {expected[name]} there and {base.get(name)} here" for name in differing)
+            + ", ".join(f"{name} is {short(expected[name])} there and {base.get(name)} here" for name in differing[:9])
             + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new "
             "adapter from a new DiffFitConfig."
         )
     sample_size = config.sample_size or base["sample_size"]
+    if sample_size > _MAX_UPSCALING * base["sample_size"]:
+        raise ValueError(
+            f"sample_size={sample_size}: at most {_MAX_UPSCALING} times the base's own, {base['sample_size']}."
+        )
     others = [other for other in adapters.values() if other is not config and isinstance(other, DiffFitConfig)]
     if any(other.sample_size != sample_size for other in others):
         raise ValueError(
@@ -327,10 +333,11 @@ def _check_file(config: DiffFitConfig, plan: _Plan, model: nn.Module) -> None:
         module = model.get_submodule(name)
         shape = parameter_shape(getattr(module, "get_base_layer", lambda m=module: m)(), config.num_classes)
         planned |= {f"{name}.{prefix}{kind}": shape for kind, wanted in kinds.items() if wanted}
-    found = {
+    saved = tuple(f".{module}." for module in config.modules_to_save or ())
+    found = {  # peft would write any other weights to the base
         name.removeprefix("base_model.model."): shape
         for name, shape in config._shapes_in_file.items()
-        if f".{prefix}" in name
+        if f".{prefix}" in name or not any(module in f".{name}" for module in saved)
     }
     _check_names({*planned}, {*found})
     for name, shape in planned.items():
@@ -498,16 +505,17 @@ def _matching(field: str, patterns: list[str] | str | None, names: Iterable[str]
     if not patterns:
         return []
     if isinstance(patterns, str):
-        selected = [name for name in names if re.fullmatch(patterns, name)]
+        selected = fullmatches(field, patterns, names)
         missing = [] if selected else [patterns]
     else:
-        endings = tuple(f".{pattern}" for pattern in patterns)
-        selected = [name for name in names if name in patterns or name.endswith(endings)]
-        missing = [p for p in patterns if not any(name == p or name.endswith(f".{p}") for name in names)]
+        endings = {name: {name.split(".", i)[-1] for i in range(name.count(".") + 1)} for name in names}
+        selected = [name for name in names if not endings[name].isdisjoint(patterns)]
+        known = set().union(*endings.values())
+        missing = [pattern for pattern in patterns if pattern not in known]
     if missing and required:
-        known = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+        common = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
         raise ValueError(
-            f"{field}={patterns!r}: {missing[0]!r} matches no layer that DiffFit can train."
-            f"{nearest(missing[0], known + names)} Names end in, for instance, {', '.join(known[:12])}."
+            f"{field}={short(patterns)}: {missing[0][:200]!r} matches no layer that DiffFit can train."
+            f"{nearest(missing[0][:200], common + names)} Names end in, for instance, {', '.join(common[:12])}."
         )
     return selected

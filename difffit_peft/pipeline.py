@@ -13,12 +13,13 @@ from typing import Any
 from diffusers import DiTPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from .config import DiffFitConfig, nearest
 from .hotswap import hotswap_adapter
+from .hub import adapter_folder, check_base_model_id
 
 _ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
 
@@ -49,9 +50,14 @@ class DiffFitLoaderMixin:
 
         Raises:
             ValueError: if it is no DiffFit adapter, belongs to another base, is broken, or has no safetensors file; if
-                the name is taken, or with `hotswap` is not. The pipeline is then as it was.
+                the name is taken, or with `hotswap` is not.
+            HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
+
+        The pipeline is then as it was.
         """
         names = self.get_list_adapters()
+        if adapter_name is not None and (not adapter_name or {*adapter_name} & {*"./\\"}):
+            raise ValueError(f"adapter_name={adapter_name!r}: it must not be empty, nor hold a dot or a slash.")
         if adapter_name is None:
             adapter_name = next(f"default_{i}" for i in range(len(names) + 1) if f"default_{i}" not in names)
         if (adapter_name in names) != hotswap:
@@ -61,7 +67,9 @@ class DiffFitLoaderMixin:
                 else f"The name {adapter_name!r} is taken: choose another, delete_adapters({adapter_name!r}) first, or "
                 "pass hotswap=True to put the new values in its place."
             )
-        folder = _adapter_folder(pretrained_model_name_or_path, **kwargs)
+        folder = adapter_folder(pretrained_model_name_or_path, **kwargs)
+        if DiffFitConfig.from_pretrained(str(folder)).task_type is not None:
+            raise ValueError(f"{folder} is an adapter for another task than a pipeline's.")
         if hotswap:
             hotswap_adapter(self.transformer, str(folder), adapter_name)
         elif isinstance(self.transformer, PeftModel):
@@ -204,22 +212,24 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         """Loads a pipeline, or the base of an adapter and the adapter.
 
         Of an adapter (a folder or Hub id with `adapter_config.json`), the base and its revision are those its config
-        names; keyword arguments go to the base. A folder that `save_pretrained` wrote comes with its adapters.
+        names; keyword arguments but `revision` go to the base. A folder that `save_pretrained` wrote comes with its
+        adapters.
 
         Raises:
-            ValueError: if an adapter names no base.
+            ValueError: if an adapter names no base, or one that is no id of the Hub.
         """
         hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         path = str(pretrained_model_name_or_path)
         if _is_adapter(path, kwargs.get("revision"), **hub):
             revision = {"revision": kwargs.pop("revision")} if "revision" in kwargs else {}
-            config = PeftConfig.from_pretrained(path, **revision, **hub)
+            config = DiffFitConfig.from_pretrained(path, **revision, **hub)
             if not config.base_model_name_or_path:
                 raise ValueError(
                     f"{path} is an adapter that names no base: load the base with from_pretrained, and then "
                     f"load_difffit_weights({path!r})."
                 )
-            pipe = super().from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+            base = check_base_model_id(config.base_model_name_or_path)
+            pipe = super().from_pretrained(base, revision=config.revision, **kwargs)
             pipe.load_difffit_weights(path, **revision, **hub)
             return pipe
         pipe = super().from_pretrained(path, **kwargs)
@@ -296,29 +306,6 @@ def _is_adapter(path: str, revision: str | None, **hub: Any) -> bool:
     except EntryNotFoundError:
         return True
     return False
-
-
-def _adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Path:
-    """The local folder of an adapter, downloaded if need be: all of it, before anything is changed for its sake."""
-    folder = Path(path, subfolder or "")
-    if not os.path.isdir(path):
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            folder = Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub)).parent
-    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
-    if missing:
-        pickled = (folder / WEIGHTS_NAME).is_file()
-        raise ValueError(
-            f"{folder} holds no {missing[0]}"
-            + (
-                f", and {WEIGHTS_NAME} is not read: a pickle can run any code. Save it as safetensors."
-                if pickled
-                else "."
-            )
-        )
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, DiffFitConfig):
-        raise ValueError(f"{path} is an adapter of {config.peft_type}, not of DiffFit.")
-    return folder
 
 
 def _save_adapter(model: nn.Module, adapter_name: str, folder: Path) -> None:

@@ -212,7 +212,7 @@ def test_models_without_a_preset():
         ({"gamma_layers": ["0", 1]}, "must be a list of block indices"),
         ({"modules_to_save": "proj_out_2"}, "must be a list of module names"),
         ({"gamma_modules": "("}, "is not a regular expression"),
-        ({"target_modules": [1]}, "must be a list of module names"),
+        ({"target_modules": [1]}, "must be a list of at most 4096 module names"),
         ({"sample_size": 0}, "sample_size=0: the side of the latents is an integer above 0"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian': must be True or False"),
     ],

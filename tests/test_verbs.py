@@ -147,7 +147,7 @@ def test_swaps_that_are_refused(saved, inputs, tmp_path):
     with pytest.raises(ValueError, match="base_config is .*'num_layers': 3.* there"):
         hotswap_adapter(model, tmp_path / "base")
     get_peft_model(make_dit(), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="Only DiffFit adapters"):
+    with pytest.raises(ValueError, match="adapter of LORA, not of DiffFit"):
         hotswap_adapter(model, tmp_path / "lora")
     with pytest.raises(ValueError, match="no adapter 'other' in this PeftModel: it has \\['default'\\]"):
         hotswap_adapter(model, saved / "owl", "other")
