@@ -1,19 +1,24 @@
-"""Adapters as others publish them: how they name their base, and whether their files can be trusted."""
+"""Adapters as people publish them: their names, how far their files can be trusted, their card, their way to the Hub."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import PIL.Image
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+
+from .files import whole_files
 
 _MAX_CONFIG_BYTES = 2**20
 
@@ -123,3 +128,160 @@ def check_adapter_file(path: Path) -> dict[str, tuple[int, ...]]:
     if broken:
         raise ValueError(f"{path} holds values that are not finite, in {broken}: the training run diverged.")
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def save_adapter(
+    model: Any, folder: str | os.PathLike, adapter_name: str = "default", repo_id: str | None = None, **card: Any
+) -> None:
+    """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
+
+    Args:
+        model: the `PeftModel`.
+        folder: each file in it appears whole or not at all; files of other names stay.
+        adapter_name: which of the model's.
+        repo_id: the Hub repository that the card speaks of. `None`: it speaks of the folder.
+        card: `license`, an identifier of the Hub's (default: "unknown"); `dataset`, a Hub id or a few words;
+            `training`, a dict of settings; `picture`, a `PIL.Image` that becomes `samples.png`.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}.")
+    folder = Path(folder)
+    with whole_files(folder) as partial:
+        model.save_pretrained(str(partial), selected_adapters=[adapter_name], save_embedding_layers=False)
+        for file in list((partial / adapter_name).glob("*")):  # where peft puts any adapter but "default"
+            file.replace(partial / file.name)
+        shapes = check_adapter_file(partial / SAFETENSORS_WEIGHTS_NAME)
+        base = sum(p.numel() for name, p in model.named_parameters() if ".difffit_" not in name)
+        trained = sum(math.prod(shape) for shape in shapes.values())
+        if card.get("picture") is not None:
+            card["picture"].save(partial / _PICTURE)
+        config = model.peft_config[adapter_name]
+        (partial / "README.md").write_text(
+            str(_model_card(config, repo_id or folder.resolve().name, trained, base, **card)), encoding="utf-8"
+        )
+
+
+def push_adapter(
+    model: Any,
+    repo_id: str,
+    adapter_name: str = "default",
+    *,
+    commit_message: str = "Upload DiffFit adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **card: Any,
+) -> CommitInfo:
+    """Saves one adapter as `save_adapter` does, and uploads it in one commit, to a repository that is made if need be.
+
+    Args:
+        repo_id: "user/name", or "name" for a repository of the token's user.
+        private: of a repository that is made; `None`: as the user's settings on the Hub are.
+        token: `None`: the one that `huggingface_hub.login` or `HF_TOKEN` keeps.
+        revision: a branch, made if need be; `None`: the main one.
+        create_pr: open a pull request.
+
+    Raises:
+        HFValidationError: if `repo_id` is none.
+        HfHubHTTPError: of `huggingface_hub`, if the Hub refuses. The repository is then as it was, or new and empty.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        save_adapter(model, folder, adapter_name, repo_id, **card)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+_PICTURE = "samples.png"
+
+_CARD = """
+# {title}
+
+A [DiffFit](https://arxiv.org/abs/2304.06648) adapter of {base}: {trained:,} trained parameters, {share:.3%} of the base's.
+{picture}
+## Use it
+
+With the package `difffit-peft`:
+
+```python
+from difffit_peft import DiffFitDiTPipeline
+
+pipe = DiffFitDiTPipeline.from_pretrained({path})
+images = pipe({labels}).images
+images[0].save("sample.png")
+```
+
+## Classes
+
+{classes}
+
+## Training
+
+{training}
+
+## Citation
+
+```bibtex
+@inproceedings{{xie2023difffit,
+  title     = {{DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning}},
+  author    = {{Xie, Enze and Yao, Lewei and Shi, Han and Liu, Zhili and Zhou, Daquan and Liu, Zhaoqiang and Li, Jiawei and Li, Zhenguo}},
+  booktitle = {{ICCV}},
+  year      = {{2023}}
+}}
+```
+"""  # noqa: E501
+
+
+def _model_card(
+    config: Any,
+    name: str,
+    trained: int,
+    base_parameters: int,
+    *,
+    license: str = "unknown",
+    dataset: str | None = None,
+    training: dict[str, Any] | None = None,
+    picture: PIL.Image.Image | None = None,
+) -> ModelCard:
+    base = config.base_model_name_or_path or ""
+    on_hub = bool(_HUB_ID.fullmatch(base)) and "/" in base  # a name without an owner is that of a local folder
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        datasets=[dataset] if dataset and _HUB_ID.fullmatch(dataset) else None,
+        library_name="peft",
+        license=license,
+        tags=["difffit", "diffusers", "peft"],
+    )
+    labels = [_code(label) for label in (config.id2label or {}).values()]
+    plain = next((label for label in (config.id2label or {}).values() if re.fullmatch(r"[\w ]+", label)), None)
+    settings = ({"dataset": dataset} if dataset else {}) | (training or {})
+    text = _CARD.format(
+        title=_code(name),
+        base=_code(base) + (f" at revision {_code(config.revision)}" if config.revision else "") if base else "a DiT",
+        trained=trained,
+        share=trained / base_parameters,
+        picture="" if picture is None else f"\n![Samples]({_PICTURE})\n",
+        path=json.dumps(name),
+        labels="[0]" if plain is None else f"pipe.get_label_ids({json.dumps(plain, ensure_ascii=False)})",
+        classes=", ".join(labels) or "Those of the base.",
+        training="\n".join(f"- {_code(key)}: {_code(value)}" for key, value in settings.items()) or "Not recorded.",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _code(value: Any) -> str:
+    """A value as code in Markdown, in which nothing it holds is markup."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()).replace("`", "'")
+    return f"`{text[:200] or ' '}`"

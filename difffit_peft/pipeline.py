@@ -6,20 +6,19 @@ import copy
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiTPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from torch import nn
 
 from .config import DiffFitConfig, nearest
+from .files import write
 from .hotswap import hotswap_adapter
-from .hub import adapter_folder, check_base_model_id
+from .hub import adapter_folder, check_base_model_id, push_adapter, save_adapter
 
 _ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
 
@@ -165,17 +164,32 @@ class DiffFitLoaderMixin:
         """Puts the base's own weights back, to the last bit."""
         self._model().unmerge_adapter()
 
-    def save_difffit_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
-        """Saves one adapter, by default the only one that is active, as a folder that `load_difffit_weights` takes."""
-        model = self._model()
+    def save_difffit_weights(
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, **card: Any
+    ) -> None:
+        """Saves one adapter, by default the only one that is active, as a folder that `load_difffit_weights` takes.
+
+        Keyword arguments are of the model card: `license`, `dataset`, `training`, `picture`; see `hub.save_adapter`.
+        """
+        save_adapter(self._model(), save_directory, self._one_adapter(adapter_name), **card)
+
+    def push_difffit_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> CommitInfo:
+        """Uploads one adapter, by default the only one that is active, with a model card, in one commit.
+
+        Keyword arguments: `commit_message`, `private`, `token`, `revision`, `create_pr`, and those of the card as in
+        `save_difffit_weights`; see `hub.push_adapter`, also for what is raised.
+        """
+        return push_adapter(self._model(), repo_id, self._one_adapter(adapter_name), **kwargs)
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None:
             active = self.get_active_adapters()
             if len(active) != 1:
-                raise ValueError(f"adapter_name is None, but the active adapters are {active}: name the one to save.")
-            adapter_name = active[0]
-        if adapter_name not in model.peft_config:
+                raise ValueError(f"adapter_name is None, but the active adapters are {active}: name one.")
+            return active[0]
+        if adapter_name not in self.get_list_adapters():
             raise ValueError(f"There is no adapter {adapter_name!r}: the pipeline has {self.get_list_adapters()}.")
-        _save_adapter(model, adapter_name, Path(save_directory))
+        return adapter_name
 
     def _model(self) -> PeftModel:
         if not isinstance(self.transformer, PeftModel):
@@ -267,19 +281,17 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             self.transformer = adapted
         index = Path(save_directory, self.config_name)
         stock = json.dumps(json.loads(index.read_text()) | {"_class_name": "DiTPipeline"}, indent=2)
-        partial = index.with_name(f"partial-{index.name}")
-        partial.write_text(stock + "\n")
-        partial.rename(index)
+        write(index, lambda partial: partial.write_text(stock + "\n"))
         if isinstance(adapted, PeftModel) and not fused:
             folder = Path(save_directory, _ADAPTERS)
             for name in adapted.peft_config:
-                _save_adapter(adapted, name, folder / name)
+                save_adapter(adapted, folder / name, name)
             layers = adapted.base_model._difffit_layers()
             strengths = {
                 name: next(float(layer.strength[name]) for layer in layers if name in layer.strength)
                 for name in adapted.base_model.active_adapters
             }
-            (folder / "active.json").write_text(json.dumps(strengths))
+            write(folder / "active.json", lambda partial: partial.write_text(json.dumps(strengths)))
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class indices of names: of one, or of each in a list.
@@ -306,15 +318,3 @@ def _is_adapter(path: str, revision: str | None, **hub: Any) -> bool:
     except EntryNotFoundError:
         return True
     return False
-
-
-def _save_adapter(model: nn.Module, adapter_name: str, folder: Path) -> None:
-    """Saves one adapter right into `folder`; PEFT would put any but "default" in a folder of its name below."""
-    partial = folder.with_name(f"partial-{folder.name}")
-    try:
-        model.save_pretrained(str(partial), selected_adapters=[adapter_name], save_embedding_layers=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in [path for path in partial.rglob("*") if path.is_file()]:  # each appears whole or not at all
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

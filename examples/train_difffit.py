@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -29,13 +31,14 @@ from accelerate.utils import (
 )
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.optimization import SchedulerType, get_scheduler
-from huggingface_hub import cached_assets_path
+from huggingface_hub import cached_assets_path, create_repo
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.files import whole_files, write
+from difffit_peft.files import write
+from difffit_peft.hub import push_adapter, save_adapter
 from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
 from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
 from difffit_peft.training.loop import Diverged, TrainingLoop
@@ -142,6 +145,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--report_to", default="tensorboard", choices=["tensorboard", "wandb", "trackio", "none"], help="tracker"
     )
 
+    hub = parser.add_argument_group("Hub")
+    hub.add_argument("--push_to_hub", action=switch, default=False, help="upload the adapter when it is trained")
+    hub.add_argument("--hub_model_id", help="repository, user/name; default: the name of --output_dir")
+    hub.add_argument("--hub_private_repo", action=switch, help="make the repository private, if it is new")
+
     show = parser.add_argument_group("validation")
     show.add_argument("--validation_labels", nargs="+", help="classes, by name or index; default: up to four of them")
     show.add_argument("--validation_steps", type=positive_int, default=1000)
@@ -211,6 +219,10 @@ def main(args: argparse.Namespace) -> Result:
             f"This script cannot train under {accelerator.distributed_type.value}: use DDP "
             "(examples/accelerate/ddp.yaml), which exchanges megabytes where they exchange the whole frozen base."
         )
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:  # now, rather than find in the end that it cannot be
+        name = args.hub_model_id or args.output_dir.resolve().name
+        repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -358,6 +370,10 @@ def main(args: argparse.Namespace) -> Result:
                 path = args.output_dir / "validation" / f"step-{loop.step:06d}.png"
                 write(path, lambda partial: grid.save(partial, format="PNG"))
                 history["grids"].append(str(path))
+                for tracker in accelerator.trackers:
+                    if hasattr(tracker, "log_images"):  # not trackio's, in accelerate 1.15
+                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images({"validation": np.asarray(grid)[None]}, step=loop.step, **layout)
 
     # Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
     handlers = {n: signal.signal(n, lambda *_: loop.stop()) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -392,8 +408,16 @@ def main(args: argparse.Namespace) -> Result:
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with loop.averaged_weights(), whole_files(args.output_dir) as partial:
-            model.save_pretrained(partial, save_embedding_layers=False)
+        card = {
+            "dataset": args.dataset_name,
+            "training": {"steps": loop.step, "images per step": samples_per_step, "resolution": resolution}
+            | {name: getattr(args, name) for name in SETTINGS},
+            "picture": PIL.Image.open(history["grids"][-1]) if history["grids"] else None,
+        }
+        with loop.averaged_weights():
+            save_adapter(model, args.output_dir, **card)
+            if repo_id is not None:
+                push_adapter(model, repo_id, **card)
     accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
     adapter_bytes = broadcast_object_list([adapter.stat().st_size if accelerator.is_main_process else None])[0]
