@@ -1,4 +1,4 @@
-"""Adapters as people publish them: their names, how far their files can be trusted, their card, their way to the Hub."""
+"""Adapters as people publish them: their names, how far to trust their files, their card, their way to the Hub."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ from difffit_peft.hub import push_adapter, save_adapter
 from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
 from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
 from difffit_peft.training.loop import Diverged, TrainingLoop
-from difffit_peft.training.pictures import grid_over_time, plot_losses, sample_grid
+from difffit_peft.training.pictures import grid_over_time, label_rows, plot_losses, sample_grid
 
 # What a run must keep to be resumed, beside its data and base.
 SETTINGS = [
@@ -412,7 +412,9 @@ def main(args: argparse.Namespace) -> Result:
             "dataset": args.dataset_name,
             "training": {"steps": loop.step, "images per step": samples_per_step, "resolution": resolution}
             | {name: getattr(args, name) for name in SETTINGS},
-            "picture": PIL.Image.open(history["grids"][-1]) if history["grids"] else None,
+            "picture": label_rows(PIL.Image.open(history["grids"][-1]), [data.class_names[i] for i in classes])
+            if history["grids"]
+            else None,
         }
         with loop.averaged_weights():
             save_adapter(model, args.output_dir, **card)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from diffusers import DiTPipeline
 from diffusers.utils import make_image_grid
@@ -41,6 +43,19 @@ def sample_grid(
             ).images
     transformer.train(training)
     return make_image_grid(images, len(classes), num_images)
+
+
+def label_rows(grid: PIL.Image.Image, names: list[str]) -> PIL.Image.Image:
+    """The grid with a name to the left of each of its rows."""
+    side = grid.height // len(names)
+    font = PIL.ImageFont.load_default(max(10, side // 8))
+    margin = round(max(font.getlength(name) for name in names)) + side // 4
+    labelled = PIL.Image.new("RGB", (margin + grid.width, grid.height), "white")
+    labelled.paste(grid, (margin, 0))
+    draw = PIL.ImageDraw.Draw(labelled)
+    for row, name in enumerate(names):
+        draw.text((margin - side // 8, (row + 0.5) * side), name, fill="black", anchor="rm", font=font)
+    return labelled
 
 
 def grid_over_time(grids: list[Path], rows: int) -> PIL.Image.Image:

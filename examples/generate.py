@@ -1,0 +1,67 @@
+"""Samples a grid of classes, by name, from a DiT with adapters blended by strength.
+
+    python examples/generate.py --pretrained_model_name_or_path me/dit-food101 --labels ramen "apple pie"
+    python examples/generate.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
+        --adapters me/dit-food101 me/dit-art --adapter_weights 0.8 0.2 --labels ramen
+
+Writes one row of pictures per class, the same seeds in each row.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.files import write
+from difffit_peft.training.pictures import label_rows, sample_grid
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Hub id or folder of a base, or of an adapter"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of it on the Hub")
+    parser.add_argument("--adapters", nargs="*", default=[], help="Hub ids or folders of adapters to load onto it")
+    parser.add_argument("--adapter_weights", nargs="*", type=float, help="a strength for each; default: 1")
+    parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight by name")
+    parser.add_argument("--num_images", type=int, default=4, help="per class")
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--output", type=Path, default=Path("samples.png"))
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    pipe = DiffFitDiTPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        dtype={"transformer": getattr(torch, args.dtype), "default": torch.float32},  # VAEs overflow in float16
+    )
+    names = [f"adapter_{i}" for i in range(len(args.adapters))]
+    for path, name in zip(args.adapters, names, strict=True):
+        pipe.load_difffit_weights(path, name)
+    if names:
+        pipe.set_adapters(names, args.adapter_weights or 1.0)
+    pipe.to(Accelerator().device)
+    pipe.set_progress_bar_config(leave=False)
+    labels = args.labels or list(pipe.labels)[:8] or ["0"]
+    classes = [int(label) if label.isdecimal() else pipe.get_label_ids(label)[0] for label in labels]
+    grid = sample_grid(
+        pipe,
+        classes,
+        args.num_images,
+        seed=args.seed,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+    )
+    write(args.output, lambda partial: label_rows(grid, labels).save(partial, format="PNG"))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main(parse_args())

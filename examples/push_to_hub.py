@@ -1,0 +1,66 @@
+"""Publishes an adapter: samples a picture for its card, and uploads adapter, card and picture in one commit.
+
+hf auth login
+python examples/push_to_hub.py --adapter my_adapter --repo_id me/dit-food101 --license cc-by-nc-4.0
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+
+from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.training.pictures import label_rows, sample_grid
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", required=True, help="folder of the adapter")
+    parser.add_argument("--repo_id", required=True, help="where it goes, user/name")
+    parser.add_argument("--pretrained_model_name_or_path", help="folder or Hub id of the base; default: as it says")
+    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="make the repository private")
+    parser.add_argument("--revision", help="branch to upload to, made if need be; default: the main one")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request")
+    parser.add_argument("--license", default="unknown", help="identifier of a licence, as the Hub knows it")
+    parser.add_argument("--dataset", help="Hub id, or a few words")
+    parser.add_argument("--labels", nargs="+", help="classes on the picture; default: the first four by name")
+    parser.add_argument("--num_images", type=int, default=4, help="per class; 0: no picture")
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    base = args.pretrained_model_name_or_path or args.adapter
+    pipe = DiffFitDiTPipeline.from_pretrained(base, dtype=torch.float32)
+    if args.pretrained_model_name_or_path:
+        pipe.load_difffit_weights(args.adapter)
+    pipe.to(Accelerator().device)
+    pipe.set_progress_bar_config(leave=False)
+    picture = None
+    if args.num_images > 0:
+        labels = args.labels or list(pipe.labels)[:4]
+        grid = sample_grid(
+            pipe,
+            pipe.get_label_ids(labels) if labels else [0],
+            args.num_images,
+            seed=args.seed,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+        )
+        picture = label_rows(grid, labels or ["0"])
+    commit = pipe.push_difffit_to_hub(
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        license=args.license,
+        dataset=args.dataset,
+        picture=picture,
+    )
+    print(commit.commit_url)
+
+
+if __name__ == "__main__":
+    main(parse_args())
