@@ -19,7 +19,7 @@ from .hub import adapter_folder, check_adapter_file, read_adapter_config
 # memory; time is bounded where expressions are matched.
 _FORBIDDEN = regex.compile(r"(?<!\\)(?:\\\\)*(\{|\(\?(?!:|=|!|<=|<!))")
 _MAX_EXPRESSION, _MAX_ENTRIES = 2**16, 2**12
-_MATCHING_SECONDS = 0.5
+_MATCHING_SECONDS = 0.2
 
 
 @dataclass
@@ -148,7 +148,9 @@ class DiffFitConfig(PeftConfig):
         try:
             self.id2label = {int(index): label for index, label in self.id2label.items()}  # JSON has string keys
         except (TypeError, ValueError):
-            raise ValueError(f"id2label has the keys {list(self.id2label)[:5]}: they must be class indices.") from None
+            raise ValueError(
+                f"id2label has the keys {short(list(self.id2label)[:5])}: they must be class indices."
+            ) from None
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(
                 f"id2label has the keys {sorted(self.id2label)[:5]}...: they must be 0 to {len(self.id2label) - 1}, "
@@ -174,7 +176,7 @@ def fullmatches(field_name: str, expression: str, names: Iterable[str]) -> list[
     """The names that a regular expression matches from end to end.
 
     Raises:
-        ValueError: if that takes longer than half a second, as expressions can be written to take for ever.
+        ValueError: if that takes longer than a moment, as expressions can be written to take for ever.
     """
     compiled, deadline = regex.compile(expression), time.monotonic() + _MATCHING_SECONDS
     try:

@@ -58,6 +58,12 @@ class DiffFitModel(BaseTuner):
         _check_model(model)
         self._plan, self._excluded = prepare(peft_config, model, self.peft_config)
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: DiffFitConfig) -> None:
+        """Nothing to check: what is on a layer's output has no part in a tied weight.
+
+        BaseTuner's matches `target_modules` by `re`, which an expression can keep busy for ever (peft 0.21).
+        """
+
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
         # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
         return _ExcludedModule() if key in self._excluded else key in self._plan

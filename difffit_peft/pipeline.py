@@ -13,7 +13,7 @@ from diffusers import DiTPipeline
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .config import DiffFitConfig, nearest
 from .files import write
@@ -67,6 +67,8 @@ class DiffFitLoaderMixin:
                 "pass hotswap=True to put the new values in its place."
             )
         folder = adapter_folder(pretrained_model_name_or_path, **kwargs)
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}.")
         if DiffFitConfig.from_pretrained(str(folder)).task_type is not None:
             raise ValueError(f"{folder} is an adapter for another task than a pipeline's.")
         if hotswap:
@@ -99,7 +101,9 @@ class DiffFitLoaderMixin:
         if not names or len({*names}) < len(names):
             raise ValueError(f"adapter_names={adapter_names}: name at least one adapter, each once.")
         weights = [adapter_weights] * len(names) if not isinstance(adapter_weights, (list, tuple)) else adapter_weights
-        if len(weights) != len(names) or not all(weight is None or math.isfinite(weight) for weight in weights):
+        if len(weights) != len(names) or not all(
+            weight is None or (isinstance(weight, (int, float)) and math.isfinite(weight)) for weight in weights
+        ):
             raise ValueError(f"adapter_weights={adapter_weights}: must be one finite number for each of {names}.")
         if self._fused():
             raise ValueError("Adapters are fused: call unfuse_difffit() first.")
@@ -252,6 +256,10 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         state = Path(path, _ADAPTERS, "active.json")
         if state.is_file():
             active = json.loads(state.read_text())
+            if not isinstance(active, dict):
+                raise ValueError(
+                    f"{state} holds a {type(active).__name__}: it must be an object of names and strengths."
+                )
             pipe.set_adapters(list(active), list(active.values()))
         return pipe
 
