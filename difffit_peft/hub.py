@@ -131,7 +131,13 @@ def check_adapter_file(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def save_adapter(
-    model: Any, folder: str | os.PathLike, adapter_name: str = "default", repo_id: str | None = None, **card: Any
+    model: Any,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    repo_id: str | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    **card: Any,
 ) -> None:
     """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
 
@@ -140,6 +146,7 @@ def save_adapter(
         folder: each file in it appears whole or not at all; files of other names stay.
         adapter_name: which of the model's.
         repo_id: the Hub repository that the card speaks of. `None`: it speaks of the folder.
+        state_dict: weights to save in the place of the model's, as for `PeftModel.save_pretrained`.
         card: `license`, an identifier of the Hub's (default: "unknown"); `dataset`, a Hub id or a few words;
             `training`, a dict of settings; `picture`, a `PIL.Image` that becomes `samples.png`.
 
@@ -150,7 +157,8 @@ def save_adapter(
         raise ValueError(f"There is no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}.")
     folder = Path(folder)
     with whole_files(folder) as partial:
-        model.save_pretrained(str(partial), selected_adapters=[adapter_name], save_embedding_layers=False)
+        options: dict[str, Any] = {"save_embedding_layers": False} | ({"state_dict": state_dict} if state_dict else {})
+        model.save_pretrained(str(partial), selected_adapters=[adapter_name], **options)
         for file in list((partial / adapter_name).glob("*")):  # where peft puts any adapter but "default"
             file.replace(partial / file.name)
         shapes = check_adapter_file(partial / SAFETENSORS_WEIGHTS_NAME)
@@ -174,7 +182,7 @@ def push_adapter(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    **card: Any,
+    **kwargs: Any,
 ) -> CommitInfo:
     """Saves one adapter as `save_adapter` does, and uploads it in one commit, to a repository that is made if need be.
 
@@ -184,6 +192,7 @@ def push_adapter(
         token: `None`: the one that `huggingface_hub.login` or `HF_TOKEN` keeps.
         revision: a branch, made if need be; `None`: the main one.
         create_pr: open a pull request.
+        kwargs: `state_dict` and what the card takes, as for `save_adapter`.
 
     Raises:
         HFValidationError: if `repo_id` is none.
@@ -194,7 +203,7 @@ def push_adapter(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with TemporaryDirectory() as folder:
-        save_adapter(model, folder, adapter_name, repo_id, **card)
+        save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -214,10 +214,12 @@ def main(args: argparse.Namespace) -> Result:
             DistributedDataParallelKwargs(broadcast_buffers=False),  # positions, which are the same everywhere
         ],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or (
+        accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
         raise ValueError(
-            f"This script cannot train under {accelerator.distributed_type.value}: use DDP "
-            "(examples/accelerate/ddp.yaml), which exchanges megabytes where they exchange the whole frozen base."
+            "This script trains under DDP or FSDP2 (examples/accelerate), not under FSDP1 or DeepSpeed: they share out "
+            "what DiffFit has next to nothing of."
         )
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:  # now, rather than find in the end that it cannot be
@@ -350,9 +352,7 @@ def main(args: argparse.Namespace) -> Result:
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("difffit", config=settings)
 
-    def validate() -> None:
-        if not accelerator.is_main_process:
-            return
+    def validate() -> None:  # in all processes: under FSDP none of them has a whole model
         with loop.averaged_weights():
             if len(held_out):
                 loss = loop.validation_loss(held_out, args.train_batch_size)
@@ -368,7 +368,8 @@ def main(args: argparse.Namespace) -> Result:
                     num_inference_steps=args.num_inference_steps,
                 )
                 path = args.output_dir / "validation" / f"step-{loop.step:06d}.png"
-                write(path, lambda partial: grid.save(partial, format="PNG"))
+                if accelerator.is_main_process:
+                    write(path, lambda partial: grid.save(partial, format="PNG"))
                 history["grids"].append(str(path))
                 for tracker in accelerator.trackers:
                     if hasattr(tracker, "log_images"):  # not trackio's, in accelerate 1.15
@@ -391,9 +392,10 @@ def main(args: argparse.Namespace) -> Result:
             accelerator.log({"loss": loss, "lr": lr}, step=loop.step)
             if loop.step % args.validation_steps == 0 or loop.step == total_steps:
                 validate()
-            if (loop.step % args.checkpointing_steps == 0 or loop.stopping) and accelerator.is_main_process:
+            if loop.step % args.checkpointing_steps == 0 or loop.stopping:
                 state = loop.state_dict() | {"history": history}
-                save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit)
+                if accelerator.is_main_process:
+                    save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit)
     except Diverged as error:
         last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
         raise Diverged(f"{error} No adapter is saved.{last}") from None
@@ -406,20 +408,22 @@ def main(args: argparse.Namespace) -> Result:
         accelerator.end_training()
         raise SystemExit(0)
 
-    accelerator.wait_for_everyone()
+    with loop.averaged_weights():
+        weights = loop.trained_weights()
     if accelerator.is_main_process:
+        picture = None
+        if history["grids"]:
+            names = [data.class_names[i] for i in classes]
+            picture = label_rows(PIL.Image.open(history["grids"][-1]), names)
         card = {
             "dataset": args.dataset_name,
             "training": {"steps": loop.step, "images per step": samples_per_step, "resolution": resolution}
             | {name: getattr(args, name) for name in SETTINGS},
-            "picture": label_rows(PIL.Image.open(history["grids"][-1]), [data.class_names[i] for i in classes])
-            if history["grids"]
-            else None,
+            "picture": picture,
         }
-        with loop.averaged_weights():
-            save_adapter(model, args.output_dir, **card)
-            if repo_id is not None:
-                push_adapter(model, repo_id, **card)
+        save_adapter(model, args.output_dir, state_dict=weights, **card)
+        if repo_id is not None:
+            push_adapter(model, repo_id, state_dict=weights, **card)
     accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
     adapter_bytes = broadcast_object_list([adapter.stat().st_size if accelerator.is_main_process else None])[0]

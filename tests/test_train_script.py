@@ -246,26 +246,33 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
 # Several processes, another resolution, what is shown
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(script, workdir):
-    flags = ["--max_train_steps", "20", "--num_validation_images", "0"]
-    alone = run(script, workdir, "alone", *flags)
-    config = ["--config_file", str(SCRIPT.parent / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
-    config += ["--main_process_port", "0"]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *config,
-        str(SCRIPT),
-        *arguments(workdir, "pair"),
-        *flags,
-        "--train_batch_size",
-        "2",
-    ]
+def launch(workdir: Path, config: str, script: Path, output: str, *flags: str) -> None:
+    """Trains in two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", str(SCRIPT.parent / "accelerate" / config), str(script), *arguments(workdir, output)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    process = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=180, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
-    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (workdir / "pair", alone.output_dir))
+
+
+@pytest.fixture(scope="module")
+def alone(script, workdir):
+    return run(script, workdir, "alone", "--max_train_steps", "20", "--num_validation_images", "0")
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_processes_train_as_one_with_twice_the_batch(alone, workdir, config):
+    flags = ["--train_batch_size", "2", "--num_held_out_images", "0", "--num_validation_images"]
+    if config == "ddp.yaml":
+        launch(workdir, config, SCRIPT, config, *flags, "0", "--max_train_steps", "20")
+    else:  # stopped and resumed, with pictures
+        worker = Path(__file__).with_name("fsdp_worker.py")
+        flags += ["1", "--checkpointing_steps", "7", "--resume_from_checkpoint", "latest"]
+        launch(workdir, config, worker, config, *flags, "--max_train_steps", "14")
+        launch(workdir, config, worker, config, *flags, "--max_train_steps", "20")
+        assert len(list((workdir / config / "validation").iterdir())) == 3
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (workdir / config, alone.output_dir))
+    assert ours.keys() == theirs.keys()
     # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
     for name in [name for name in ours if "to_k.difffit_delta" not in name]:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .data import sample_latents
@@ -33,7 +34,7 @@ class TrainingLoop:
         for loss in loop.steps(loader):
             print(loop.step, loss)
         with loop.averaged_weights():
-            model.save_pretrained("adapter", save_embedding_layers=False)
+            model.save_pretrained("adapter", state_dict=loop.trained_weights(), save_embedding_layers=False)
 
     All that is drawn is a function of the seed and the step (`draws`), and labels are dropped here: the model's own
     label dropout is turned off. So a run that goes on from `state_dict()` is, on a CPU, the uninterrupted one to the
@@ -111,7 +112,7 @@ class TrainingLoop:
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
                     if self.accelerator.scaler is None:  # a scaler skips such a step, and lowers its scale
-                        self._check_finite("norm of the gradients", norm.item())
+                        self._check_finite("norm of the gradients", _whole(norm).item())
                 self.optimizer.step()
                 self.lr_scheduler.step()
                 self.optimizer.zero_grad()
@@ -135,7 +136,10 @@ class TrainingLoop:
 
     @torch.no_grad()
     def validation_loss(self, dataset: Dataset, batch_size: int) -> float:
-        """The mean loss of images that are not trained on, at the same noise and timesteps at every call."""
+        """The mean loss of images that are not trained on, at the same noise and timesteps at every call.
+
+        With FSDP all processes must call it.
+        """
         model = self.accelerator.unwrap_model(self.model)
         training, device = model.training, self.accelerator.device
         model.eval()
@@ -146,9 +150,14 @@ class TrainingLoop:
         model.train(training)
         return torch.cat(losses).mean().item()
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The trained weights by name, whole, in the memory of the CPU. All processes must call it."""
+        names = [n for n, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad]
+        return dict(zip(names, self._split(self._flat()), strict=True))
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Puts the average of the weights, where there is one, in their place for a while."""
+        """Puts the average of the weights, where there is one, in their place for a while, in all processes."""
         if self.ema is None:
             yield
             return
@@ -160,11 +169,12 @@ class TrainingLoop:
             self._set(trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that another process needs to go on from here, beside the data and the base."""
+        """All that another run needs to go on from here, beside the data and the base. All processes must call it."""
         scaler = self.accelerator.scaler
+        optimizer = self.optimizer.state_dict()
         return {
             "parameters": self._flat().detach(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer | {"state": _map_state(lambda value, _: _whole(value), optimizer["state"])},
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -175,7 +185,8 @@ class TrainingLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
         self._set(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        of = _map_state(lambda value, i: _sharded(value, self.parameters[i]), state["optimizer"]["state"])
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": of})
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -223,9 +234,30 @@ class TrainingLoop:
     @torch.no_grad()
     def _flat(self) -> nn.Parameter:
         """A copy of the trained weights, (parameters,), in the memory of the CPU."""
-        return nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]).cpu())
+        return nn.Parameter(torch.cat([_whole(p).detach().flatten() for p in self.parameters]).cpu())
 
     @torch.no_grad()
     def _set(self, flat: Tensor) -> None:
-        for parameter, value in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.copy_(value.view_as(parameter))
+        for parameter, value in zip(self.parameters, self._split(flat), strict=True):
+            parameter.copy_(_sharded(value.to(parameter.device), parameter))
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        values = flat.detach().split([p.numel() for p in self.parameters])
+        return [value.view(p.shape) for value, p in zip(values, self.parameters, strict=True)]
+
+
+def _whole(value: Any) -> Any:
+    """A tensor whose parts FSDP2 keeps in several processes; all of them must ask for it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _sharded(value: Any, like: Tensor) -> Any:
+    """A whole tensor in parts, if that is how the parameter is that it belongs to."""
+    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
+def _map_state(function: Callable[[Any, int], Any], state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """An optimiser's state with `function(value, index of the parameter)` in the place of each value."""
+    return {i: {name: function(value, i) for name, value in values.items()} for i, values in state.items()}
