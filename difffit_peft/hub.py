@@ -22,6 +22,7 @@ from .files import whole_files
 
 _MAX_CONFIG_BYTES = 2**20
 
+_REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,255}")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HUB_CACHE = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?$")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -43,11 +44,11 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
     return (path.parent if path.name == "transformer" else path).name, None
 
 
-def check_base_model_id(name: Any) -> str:
-    """The base that an adapter names, if it is the name of a repository on the Hub, and no path or address.
+def check_base_model_id(name: Any, revision: Any = None) -> tuple[str, str | None]:
+    """The base that an adapter names and its revision, if they are those of a repository on the Hub, and no path.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if they are anything else.
     """
     try:
         validate_repo_id(name)
@@ -56,7 +57,9 @@ def check_base_model_id(name: Any) -> str:
             f"The adapter names the base {str(name)[:200]!r}, which is no id of the Hub. Load the base with "
             "from_pretrained, and then the adapter with load_difffit_weights."
         ) from None
-    return name
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
+        raise ValueError(f"The adapter names the revision {str(revision)[:200]!r} of its base, which is none.")
+    return name, revision
 
 
 def adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Path:
@@ -274,7 +277,7 @@ def _model_card(
         tags=["difffit", "diffusers", "peft"],
     )
     labels = [_code(label) for label in (config.id2label or {}).values()]
-    plain = next((label for label in (config.id2label or {}).values() if re.fullmatch(r"[\w ]+", label)), None)
+    plain = next((label for label in (config.id2label or {}).values() if re.fullmatch(r"[\w -]{1,60}", label)), None)
     settings = ({"dataset": dataset} if dataset else {}) | (training or {})
     text = _CARD.format(
         title=_code(name),

@@ -246,8 +246,8 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
                     f"{path} is an adapter that names no base: load the base with from_pretrained, and then "
                     f"load_difffit_weights({path!r})."
                 )
-            base = check_base_model_id(config.base_model_name_or_path)
-            pipe = super().from_pretrained(base, revision=config.revision, **kwargs)
+            base, base_revision = check_base_model_id(config.base_model_name_or_path, config.revision)
+            pipe = super().from_pretrained(base, revision=base_revision, **kwargs)
             pipe.load_difffit_weights(path, **revision, **hub)
             return pipe
         pipe = super().from_pretrained(path, **kwargs)

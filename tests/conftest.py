@@ -1,6 +1,17 @@
-import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+import os
+from tempfile import TemporaryDirectory
+
+from hub_server import HubServer
+
+# huggingface_hub reads these when it is imported: the tests' own Hub and an empty cache, whatever the machine has.
+HUB = HubServer()
+_HF_HOME = TemporaryDirectory(prefix="difffit-hf-home-")
+os.environ |= {"HF_ENDPOINT": HUB.endpoint, "HF_HOME": _HF_HOME.name, "HF_HUB_DISABLE_XET": "1"}
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": HUB.add_user("me")}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel  # noqa: E402
 
 NULL = 1000
 

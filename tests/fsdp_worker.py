@@ -1,4 +1,7 @@
-"""`examples/train_difffit.py` under FSDP2 on CPUs. Accelerate 1.15 gives FSDP to accelerators alone: told it has some."""
+"""`examples/train_difffit.py` under FSDP2 on CPUs.
+
+Accelerate 1.15 gives FSDP to accelerators alone, so it is told that there are some.
+"""
 
 import sys
 from pathlib import Path

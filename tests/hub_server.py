@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 MAX_DELAY = 5.0  # seconds
 LFS_SIZE = 10 * 1024**2  # bytes; what is larger is a large file, whatever its name
@@ -369,8 +368,8 @@ def _validate_yaml(call: _Call) -> _Answer:
 
 
 def _metadata(card: str) -> Any:
-    match = REGEX_YAML_BLOCK.search(card)
-    return yaml.safe_load(match[2]) if match else None
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s", card, re.DOTALL)
+    return yaml.safe_load(match[1]) if match else None
 
 
 @_route("POST", "/api/repos/create", "token")
