@@ -43,7 +43,6 @@ def main() -> None:
         "trained weights, float32": (4 * total, 4 * base),
         "gradients": (4 * total, 4 * base),
         "AdamW's two moments": (8 * total, 8 * base),
-        "average of the weights": (4 * total, 4 * base),
     }
     for what, (difffit, full) in rows.items():
         print(f"| {what} | {difffit / 1e6:,.1f} | {full / 1e6:,.1f} |")
