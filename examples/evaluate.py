@@ -31,7 +31,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-import difffit_peft  # noqa: F401  (registers DiffFit with PEFT)
+from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
 from difffit_peft.training.data import load_labelled_images, to_pixels
 
 NEIGHBOURS = 3  # k of precision and recall
@@ -290,12 +290,10 @@ def main(args: argparse.Namespace) -> dict:
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
     }
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        partial = args.output_dir / "partial"
-        make_image_grid([PIL.Image.fromarray(pictures[row]) for row in shown], side, side).save(partial, format="PNG")
-        partial.replace(args.output_dir / "samples.png")
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.replace(args.output_dir / "report.json")
+        grid = make_image_grid([PIL.Image.fromarray(pictures[row]) for row in shown], side, side)
+        write(args.output_dir / "samples.png", lambda partial: grid.save(partial, format="PNG"))
+        text = json.dumps(report, indent=2) + "\n"
+        write(args.output_dir / "report.json", lambda partial: partial.write_text(text))
     few = f" for lack of {KID_SUBSET} images" if report["kid_subset_size"] < KID_SUBSET else ""
     accelerator.print(
         f"{args.num_images} images of {args.pretrained_model_name_or_path} with "

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-import difffit_peft  # noqa: F401  (registers DiffFit with PEFT)
+from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -134,9 +134,7 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
                 axis.set_title(name, fontsize=7)
         axes[row, 0].set_ylabel(title, fontsize=8)
     figure.tight_layout(pad=0.3)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png")
-    partial.rename(path)
+    write(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def main() -> None:
