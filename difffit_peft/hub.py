@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from .files import whole_files
 
 _MAX_CONFIG_BYTES = 2**20
+_NO_PICKLES = f"{WEIGHTS_NAME} is never read: a pickle can run any code. Save the adapter as safetensors."
 
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,255}")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -74,6 +75,8 @@ def adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub:
         try:
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 folder = Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub)).parent
+                if cached := _HUB_CACHE.search(str(folder)):
+                    hub["revision"] = cached["revision"]  # both of one commit
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
@@ -85,9 +88,6 @@ def adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub:
     if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}, but {WEIGHTS_NAME}. {_NO_PICKLES}")
     return folder
-
-
-_NO_PICKLES = f"{WEIGHTS_NAME} is never read: a pickle can run any code. Save the adapter as safetensors."
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:

@@ -239,16 +239,16 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         path = str(pretrained_model_name_or_path)
         if _is_adapter(path, kwargs.get("revision"), **hub):
-            revision = {"revision": kwargs.pop("revision")} if "revision" in kwargs else {}
-            config = DiffFitConfig.from_pretrained(path, **revision, **hub)
+            folder = adapter_folder(path, revision=kwargs.pop("revision", None), **hub)
+            config = DiffFitConfig.from_pretrained(str(folder))
             if not config.base_model_name_or_path:
                 raise ValueError(
                     f"{path} is an adapter that names no base: load the base with from_pretrained, and then "
                     f"load_difffit_weights({path!r})."
                 )
-            base, base_revision = check_base_model_id(config.base_model_name_or_path, config.revision)
-            pipe = super().from_pretrained(base, revision=base_revision, **kwargs)
-            pipe.load_difffit_weights(path, **revision, **hub)
+            base, revision = check_base_model_id(config.base_model_name_or_path, config.revision)
+            pipe = super().from_pretrained(base, revision=revision, **kwargs)
+            pipe.load_difffit_weights(folder)
             return pipe
         pipe = super().from_pretrained(path, **kwargs)
         for folder in sorted(Path(path, _ADAPTERS).glob("*/")):
