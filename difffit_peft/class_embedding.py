@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,8 +44,9 @@ class DiffFitEmbedding(DiffFitLayer):
             blended[: len(rows) - 1] += rows[:-1]
             blended[-1] += rows[-1]
 
-    def _adapt(self, y: Tensor, labels: Tensor, adapter_names: list[str] | None) -> Tensor:
-        """y + δ of the labels: y has shape (batch, channels), labels (batch,)."""
+    def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The rows of the labels x, (batch,), and their δ: (batch, channels)."""
+        labels, y = x, self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
             for rows in self._rows(self.active_adapters):
                 y = y + self._delta(labels, rows).to(y.dtype)

@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -109,14 +110,21 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        y = self.base_layer(x, *args, **kwargs)
-        return y if self.disable_adapters or self.merged else self._adapt(y, x, adapter_names)
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, adapter_names, *args, **kwargs)
 
-    def _adapt(self, y: Tensor, x: Tensor, adapter_names: list[str] | None) -> Tensor:
-        """γ ⊙ (y + δ) for the base layer's output y at input x."""
+    def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+        """γ ⊙ (base(x) + δ)."""
         combine = self._composed if adapter_names is None else self._gathered
         names = self.active_adapters if adapter_names is None else adapter_names
         delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
+        layer = self.base_layer
+        if delta is not None and adapter_names is None and _is_plain_linear(layer):
+            # W x + (b + δ): the sum of two vectors rather than a pass over the activations
+            y, delta = F.linear(x, layer.weight, (layer.bias + delta).to(layer.bias.dtype)), None
+        else:
+            y = layer(x, *args, **kwargs)
         # in the dtype of the activations, so that a half-precision base stays at half the memory
         if delta is not None:
             y = y + self._broadcast(delta.to(y.dtype), y)
@@ -235,6 +243,15 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether to call `layer` is to multiply by its weight and add its bias, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__  # where Accelerate and Diffusers put what they wrap around it
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    )
 
 
 def _at(kind: str, value: Tensor, strength: Tensor | float) -> Tensor:
