@@ -117,8 +117,8 @@ class DiffFitConfig(PeftConfig):
         broken file leaves the model as it was, the weights are checked here.
 
         Raises:
-            ValueError: if there is no config, if it says what no config may, or if the weights beside it are a pickle,
-                truncated, or not finite.
+            ValueError: if there is no config, if it says what no config may, or if the weights beside it are truncated
+                or not finite.
             HfHubHTTPError: of `huggingface_hub`, if it cannot be downloaded.
         """
         hub, _, _ = cls._split_kwargs(kwargs)

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from .files import whole_files
 
 _MAX_CONFIG_BYTES = 2**20
-_NO_PICKLES = f"{WEIGHTS_NAME} is never read: a pickle can run any code. Save the adapter as safetensors."
 
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,255}")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -67,27 +66,32 @@ def adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub:
     """The local folder of an adapter. From the Hub, its config and weights are downloaded, before a model is touched.
 
     Raises:
-        ValueError: if it has no config, or its weights are a pickle.
+        ValueError: if it has no config.
         HfHubHTTPError: if the Hub does not give it.
     """
     folder = Path(path, subfolder or "")
     if not os.path.isdir(path):
+        folder = Path(hf_hub_download(str(path), CONFIG_NAME, subfolder=subfolder, **hub)).parent
+        if cached := _HUB_CACHE.search(str(folder)):
+            hub["revision"] = cached["revision"]  # both of one commit
         try:
-            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                folder = Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub)).parent
-                if cached := _HUB_CACHE.search(str(folder)):
-                    hub["revision"] = cached["revision"]  # both of one commit
-        except LocalEntryNotFoundError:
+            hf_hub_download(str(path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+        except LocalEntryNotFoundError:  # the Hub cannot be asked
             raise
-        except EntryNotFoundError as error:
-            if name == SAFETENSORS_WEIGHTS_NAME:
-                raise ValueError(f"{path} holds no {name}. {_NO_PICKLES}") from error
-            raise
+        except EntryNotFoundError:  # see `check_has_weights`
+            pass
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}.")
-    if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}, but {WEIGHTS_NAME}. {_NO_PICKLES}")
     return folder
+
+
+def check_has_weights(folder: Path) -> None:
+    """Raises `ValueError` if there is nothing in an adapter's folder that may be read."""
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. {WEIGHTS_NAME} is never read, as a pickle can run any code. "
+            "Save the adapter as safetensors."
+        )
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from diffusers import DiTPipeline
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 
 from .config import DiffFitConfig, nearest
 from .files import write
 from .hotswap import hotswap_adapter
-from .hub import adapter_folder, check_base_model_id, push_adapter, save_adapter
+from .hub import adapter_folder, check_base_model_id, check_has_weights, push_adapter, save_adapter
 
 _ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
 
@@ -67,8 +67,7 @@ class DiffFitLoaderMixin:
                 "pass hotswap=True to put the new values in its place."
             )
         folder = adapter_folder(pretrained_model_name_or_path, **kwargs)
-        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}.")
+        check_has_weights(folder)
         if DiffFitConfig.from_pretrained(str(folder)).task_type is not None:
             raise ValueError(f"{folder} is an adapter for another task than a pipeline's.")
         if hotswap:

@@ -210,7 +210,7 @@ def test_a_pickle_on_the_hub_is_refused(api, trained, tmp_path):
     api.upload_file(path_or_fileobj=b"{}", path_in_repo="adapter_config.json", repo_id="me/pickle")
     api.upload_file(path_or_fileobj=b"1", path_in_repo="adapter_model.bin", repo_id="me/pickle")
     pipe = DiffFitDiTPipeline.from_pretrained("me/base")
-    with pytest.raises(ValueError, match="adapter_model.bin is never read: a pickle can run any code"):
+    with pytest.raises(ValueError, match="adapter_model.bin is never read, as a pickle can run any code"):
         pipe.load_difffit_weights("me/pickle", cache_dir=tmp_path)
 
 
