@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .config import DiffFitConfig
@@ -129,7 +130,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         if delta is not None:
             y = y + self._broadcast(delta.to(y.dtype), y)
         if gamma is not None:
-            y = y * self._broadcast(gamma.to(y.dtype), y)
+            gamma = self._broadcast(gamma.to(y.dtype), y)
+            y = _Scale.apply(y, gamma) if gamma.requires_grad else y * gamma
         return y
 
     def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
@@ -243,6 +245,26 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)
+
+
+class _Scale(torch.autograd.Function):
+    """γ ⊙ y, which keeps its output for the backward pass, as what follows does anyway, and not y beside it.
+
+    The gradient of γ, Σ grad ⊙ y, is Σ grad ⊙ output / γ. That of a γ which is exactly 0 is taken to be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gamma: Tensor) -> Tensor:
+        output = y * gamma
+        ctx.save_for_backward(output, gamma)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        output, gamma = ctx.saved_tensors
+        of_gamma = (grad * output).sum_to_size(gamma.shape) / gamma
+        return grad * gamma if ctx.needs_input_grad[0] else None, of_gamma.masked_fill(gamma == 0, 0)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

@@ -337,3 +337,36 @@ def test_a_larger_grid_uses_positions_of_the_old_one(inputs):
     assert torch.equal(outputs(model, wide), outputs(make_dit(), wide))  # Diffusers computes the same, every forward
     assert model.unload().config.sample_size == 8
     assert torch.equal(dit.pos_embed.pos_embed, make_dit().pos_embed.pos_embed)
+
+
+def test_scale_factors_keep_no_activations_of_their_own():
+    """γ ⊙ y is kept for the backward pass by what follows it, and y is not, but for the output of attention."""
+
+    def kept(config: DiffFitConfig) -> int:
+        model = get_peft_model(make_dit(), config).train()
+        storages = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**{name: value.repeat(10, *[1] * (value.dim() - 1)) for name, value in make_inputs().items()})
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    activation = 50 * 16 * 16 * 4  # batch, tokens, channels, bytes
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    extra = kept(DiffFitConfig(gamma_modules=layers)) - kept(DiffFitConfig(gamma_modules=[]))
+    assert extra < 4 * 1.5 * activation  # 4 blocks, where one y for each γ would be 9 activations in a block
+
+
+def test_a_gamma_of_zero_gets_no_gradient_and_the_others_get_theirs():
+    layer = torch.nn.Linear(3, 4)
+    model = get_peft_model(torch.nn.Sequential(layer), DiffFitConfig(target_modules=["0"], gamma_modules=["0"]))
+    gamma = model.base_model.model[0].difffit_gamma["default"]
+    gamma.data = torch.tensor([0.0, 1e-3, -2.0, 1.0])
+    x, grad = torch.randn(5, 3), torch.randn(5, 4)
+    model(x).backward(grad)
+    expected = (grad * layer(x)).sum(0).detach()
+    torch.testing.assert_close(gamma.grad[1:], expected[1:])
+    assert gamma.grad[0] == 0
