@@ -2,11 +2,12 @@
 # make test         run the tests
 # make test-lowest  run them on the lowest versions of PEFT and Diffusers that are supported
 # make conformance  run PEFT's own tests on DiffFit
+# make bench        run a short form of all benchmarks, and say which targets are met
 # make style        check formatting, lint and types (make format mends the first two)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest conformance style format clean
+.PHONY: demo test test-lowest conformance bench style format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/emoji/demo.py
@@ -19,6 +20,11 @@ test-lowest: .venv-lowest/installed
 
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
+
+bench: .venv/installed
+	set -e; for name in parameters training_speed inference scale_factors quality resolution; do \
+		$(BIN)/python examples/benchmarks/$$name.py --short; done
+	$(BIN)/python examples/benchmarks/report.py --short
 
 style: .venv/installed
 	$(BIN)/ruff format --check .

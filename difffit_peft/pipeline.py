@@ -200,7 +200,10 @@ class DiffFitLoaderMixin:
         return self.transformer
 
     def _fused(self) -> list[str]:
-        return self.transformer.get_model_status().merged_adapters if isinstance(self.transformer, PeftModel) else []
+        if not isinstance(self.transformer, PeftModel):
+            return []
+        layers = self.transformer.base_model._difffit_layers()  # PEFT's get_model_status takes twice the switch itself
+        return sorted({name for layer in layers for name in layer.merged_adapters})
 
     def _activate(self, names: list[str]) -> None:
         model = self._model()
