@@ -1,0 +1,135 @@
+"""The methods that the benchmarks compare, made ready to train by one function: `adapt`.
+
+All of them train the paper's model: one timestep and class embedder, evaluated once per forward, in the place of the
+copies that Diffusers keeps in every block (`difffit_peft.conditioning`). DiffFit does that by itself. The others get it
+too, so that what is compared is the methods and not Diffusers' layout, which would cost them the evaluation of a copy
+per block and draw label dropout anew in each, and would have full fine-tuning train 28 class tables.
+
+What each trains:
+
+- "full": every parameter.
+- "BitFit": every bias, and the rows of the class table that DiffFit trains. Biases are unfrozen where they are, which
+  is the fastest way to do it; `DiffFitConfig(gamma_modules=[])` trains the same with layers of ours around each bias.
+- LoRA, LoHa, LoKr, OFT and IA³: PEFT's, on the six linear layers of attention and feed-forward in every block, the
+  class table frozen. Options are PEFT's defaults but for alpha = r, which scales the update by 1. IA³ scales the
+  inputs of the feed-forward's second layer and the outputs of the others.
+- "LN tuning": the affine parameters of every LayerNorm. A DiT's have none, as adaLN computes scale and shift from the
+  timestep and class: it trains nothing, and PEFT's `LNTuningConfig` stops with an `AttributeError` (peft 0.21), so that
+  the norms are unfrozen where they are.
+- "DiffFit": `DiffFitConfig()`.
+- "floor", for timing alone: the frozen model with one trainable scalar added to its input. No method that adapts the
+  first block does less than its one forward and one backward without gradients of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+
+from difffit_peft import DiffFitConfig, conditioning
+
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+_PEFT: dict[str, PeftConfig] = {
+    "LoRA r=8": LoraConfig(target_modules=LAYERS, r=8, lora_alpha=8),
+    "LoRA r=16": LoraConfig(target_modules=LAYERS, r=16, lora_alpha=16),
+    "LoHa": LoHaConfig(target_modules=LAYERS, r=8, alpha=8),
+    "LoKr": LoKrConfig(target_modules=LAYERS, r=8, alpha=8),
+    "OFT": OFTConfig(target_modules=LAYERS),
+    "IA³": IA3Config(target_modules=LAYERS, feedforward_modules=["ff.net.2"]),
+}
+
+METHODS = ("full", "BitFit", *_PEFT, "LN tuning", "DiffFit")
+"""In the order in which tables show them; `adapt` also takes "floor". "LN tuning" has nothing to train in a DiT."""
+
+
+def dit_xl_2(num_layers: int = 28, dtype: torch.dtype = torch.float32) -> DiTTransformer2DModel:
+    """A DiT-XL/2 for 256 x 256 pixels with random weights, whose blocks hold equal copies of one embedder.
+
+    Args:
+        num_layers: number of blocks; other than 28 for something of the same width but less depth.
+        dtype: of its weights, from the start: nothing is allocated twice.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=num_layers, sample_size=32
+        )
+    finally:
+        torch.set_default_dtype(default)
+    embedder = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(embedder)
+    return model
+
+
+class _Floor(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.scalar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return self.model(hidden_states + self.scalar.to(hidden_states.dtype), **kwargs)
+
+
+def adapt(name: str, model: DiTTransformer2DModel, num_classes: int | None = None) -> nn.Module:
+    """The model to train with method `name`: exactly what the method trains requires grad.
+
+    `model` is changed in place, and called as before: `adapt(...)(x_t, timestep=t, class_labels=labels).sample`. It
+    need not have values: on the meta device, parameters can be counted.
+
+    Args:
+        name: one of `METHODS`, or "floor".
+        model: a DiT as Diffusers loads it, whose blocks hold equal copies of one embedder.
+        num_classes: classes of the new domain: the rows of the class table that DiffFit and BitFit train, beside the
+            null row, and which they start from the null row. `None`: every row, from where it is. Full fine-tuning
+            trains every row in any case.
+
+    Raises:
+        ValueError: for a name that is none of these.
+    """
+    if name not in (*METHODS, "floor"):
+        raise ValueError(f"{name!r} is no method: use one of {', '.join(METHODS)} or floor.")
+    if name == "DiffFit":
+        return get_peft_model(model, DiffFitConfig(num_classes=num_classes))
+    if name == "BitFit":
+        rows = DiffFitConfig(target_modules=["embedding_table"], gamma_modules=[], num_classes=num_classes)
+        adapted = get_peft_model(model, rows)
+        for parameter_name, parameter in adapted.named_parameters():
+            if parameter_name.endswith(".bias"):
+                parameter.requires_grad_(True)
+        return adapted
+    conditioning.share(model)
+    if name == "full":
+        return model.requires_grad_(True)
+    if name in _PEFT:
+        return get_peft_model(model, copy.deepcopy(_PEFT[name]))  # peft fills in fields of the config
+    model.requires_grad_(False)
+    if name == "floor":
+        return _Floor(model)
+    for module in model.modules():  # LN tuning
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(True)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an adapted model trains, by name: what an optimiser is given and what has to be saved."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def hold_frozen_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """Keeps the frozen parameters of an adapted model in `dtype`, and those it trains in float32.
+
+    For mixed precision: half the memory, and nothing to cast in each step. The model is returned, changed in place.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    return model

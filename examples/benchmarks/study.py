@@ -1,0 +1,252 @@
+"""Several adaptations that belong together: a sweep of learning rates for each method, then runs of all of them.
+
+What the benchmarks of quality and of resolution share: `Form` says how much is done, `Study` does it in order, and the
+rest makes tables and plots of what is done so far.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import adaptation
+import PIL.Image
+import torch
+from adaptation import Bench, Run
+from diffusers import DiTTransformer2DModel
+from diffusers.utils import make_image_grid
+from matplotlib.figure import Figure
+from report import ROOT, output_dir, parser, spread, table
+from torch import nn
+
+MEASURES = {"loss": "loss", "fid": "Fréchet distance", "kid": "KID", "precision": "precision", "recall": "recall"}
+NUM_SHOWN = 12  # samples of each method in the plot
+
+Rows = dict[str, list[tuple[Run, dict]]]
+"""For each method the runs that are made, one for each seed, and their results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How much a long or a short form does.
+
+    Attributes:
+        rates: for each method, the learning rates that its sweep starts with.
+        sweep_steps: of each run of a sweep; 0: no sweep, and the middle one of `rates`.
+        extensions: how often a sweep whose best learning rate is at its edge goes on beyond it.
+        variants: methods that are run at DiffFit's learning rate, with the first seed.
+        factors: of DiffFit's learning rate, run with the first seed; the first two before `variants`.
+        judge_steps, num_judged, max_samples: see `adaptation.Bench`.
+    """
+
+    rates: dict[str, tuple[float, float, float]]
+    domains: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    sweep_steps: int
+    num_images: int
+    judge_steps: int
+    num_judged: int
+    max_samples: int | None = None
+    resolution: int = 64
+    batch_size: int = 16
+    extensions: int = 2
+    variants: tuple[str, ...] = ()
+    factors: tuple[float, ...] = ()
+
+
+class Study:
+    """The runs of a form, and which of them depend on others."""
+
+    def __init__(self, form: Form, bench: Bench, mixed_precision: str) -> None:
+        self.form, self.bench, self.mixed_precision = form, bench, mixed_precision
+
+    def run(self, domain: str, method: str, rate: float, seed: int = 0) -> Run:
+        form = self.form
+        return Run(
+            domain,
+            method,
+            rate,
+            seed,
+            form.steps,
+            form.num_images,
+            resolution=form.resolution,
+            batch_size=form.batch_size,
+            mixed_precision=self.mixed_precision,
+        )
+
+    def base(self, domain: str, seed: int = 0) -> Run:
+        """Not trained: γ = 1 and δ = 0 change nothing."""
+        return dataclasses.replace(self.run(domain, "DiffFit", 0.0, seed), steps=0)
+
+    def sweep(self, domain: str, method: str, make: bool) -> dict[float, float] | None:
+        """The loss at each learning rate of a method, infinite where it diverged; `None` if not all is made.
+
+        Args:
+            make: make what is not.
+        """
+        losses: dict[float, float] = {}
+        pending, extensions = list(self.form.rates[method]), self.form.extensions
+        while pending:
+            rate = pending.pop(0)
+            run = dataclasses.replace(self.run(domain, method, rate), steps=self.form.sweep_steps, num_images=0)
+            result = self.bench.result(run) if make else self.bench.stored(run)
+            if result is None:
+                return None
+            losses[rate] = result.get("loss", float("inf"))
+            if not pending and extensions and (beyond := _beyond(losses)):
+                pending, extensions = [beyond], extensions - 1
+        return losses
+
+    def best(self, domain: str, method: str, make: bool = False) -> Run | None:
+        """A method's run at the best learning rate of its sweep, if that is made."""
+        if not self.form.sweep_steps:
+            return self.run(domain, method, self.form.rates[method][1])
+        losses = self.sweep(domain, method, make)
+        return losses and self.run(domain, method, min(losses, key=losses.__getitem__))
+
+    def comparison(self, domain: str, seed: int) -> Iterator[Run]:
+        """Makes the sweeps that are needed, and yields the runs of the main table."""
+        yield self.base(domain, seed)
+        for method in self.form.rates:
+            yield dataclasses.replace(self.best(domain, method, make=True), seed=seed)
+
+    def variants(self, domain: str, make: bool = False) -> Iterator[tuple[str, Run]]:
+        """Runs of the ablation and their names, all at DiffFit's learning rate but those that change it."""
+        difffit = self.best(domain, "DiffFit", make)
+        if difffit:
+            for factor in self.form.factors[:2]:
+                yield f"learning rate x{factor:.2g}", _at(difffit, factor)
+            for method in self.form.variants:
+                yield method, dataclasses.replace(difffit, method=method)
+            for factor in self.form.factors[2:]:
+                yield f"learning rate x{factor:.2g}", _at(difffit, factor)
+
+    def make(self, domain: str) -> None:
+        """Makes all that is not made of a domain, the most telling first."""
+        for seed in self.form.seeds:
+            for run in self.comparison(domain, seed):
+                self.bench.result(run)
+        for _, run in self.variants(domain, make=True):
+            self.bench.result(run)
+
+
+def _beyond(losses: dict[float, float]) -> float | None:
+    """The learning rate half a decade beyond the edge at which the lowest loss is, if it is at one."""
+    best = min(losses, key=losses.__getitem__)
+    if best == max(losses):
+        return float(f"{best * 10**0.5:.1g}")
+    return float(f"{best / 10**0.5:.1g}") if best == min(losses) else None
+
+
+def _at(run: Run, factor: float) -> Run:
+    return dataclasses.replace(run, learning_rate=float(f"{run.learning_rate * factor:.2g}"))
+
+
+def stored(study: Study, domain: str) -> Rows:
+    """The rows of the main table: for each method the runs that are made, one for each seed."""
+    best = {"base": study.base(domain)} | {method: study.best(domain, method) for method in study.form.rates}
+    runs = {
+        name: [dataclasses.replace(run, seed=seed) for seed in study.form.seeds] for name, run in best.items() if run
+    }
+    made = {name: [(run, r) for run in of_name if (r := study.bench.stored(run))] for name, of_name in runs.items()}
+    return {name: pairs for name, pairs in made.items() if pairs}
+
+
+def cells(results: list[dict], keys: Iterable[str]) -> list[str]:
+    """Median and range over the results; nothing where they do not have a measure."""
+    if any("diverged" in result for result in results):
+        return ["diverged" for _ in keys]
+    return [
+        "" if results[0].get(key) is None else spread([r[key] for r in results], 4 if key == "loss" else 3)
+        for key in keys
+    ]
+
+
+def comparison_table(study: Study, domain: str, rows: Rows) -> str:
+    keys = [*MEASURES, "cpu_seconds_per_step"]
+    lines = []
+    for name, made in rows.items():
+        run, result = made[0]
+        count, rate = result.get("parameters", 0), f"{run.learning_rate:g}"
+        if study.form.sweep_steps and run.steps and _beyond(study.sweep(domain, name, make=False)):
+            rate += " (edge)"
+        head = [name, f"{count:,}", f"{count * 4e-6:.2f}", rate] if run.steps else [name, "", "", ""]
+        lines.append([*head, *cells([r for _, r in made], keys)])
+    lines.append(["other real images", "", "", "", *cells([study.bench.floor(study.base(domain))], keys)])
+    return table(["", "trained", "MB", "learning rate", *MEASURES.values(), "CPU s a step"], lines)
+
+
+def plot(study: Study, rows: dict[str, Rows]) -> Figure:
+    """For each domain: Fréchet distances, sweeps, and samples of the first seed, those of a column from one seed."""
+    figure = Figure(figsize=(7 * len(rows), 11), layout="constrained")
+    axes = figure.subplots(3, len(rows), squeeze=False, height_ratios=[2, 2, 3]).T
+    for (domain, made), (bars, lines, pictures) in zip(rows.items(), axes, strict=True):
+        made = {name: pairs for name, pairs in made.items() if not any("diverged" in r for _, r in pairs)}
+        for name, pairs in made.items():
+            distances = [r["fid"] for _, r in pairs]
+            bars.barh(name, statistics.fmean(distances), color="tab:red" if name == "DiffFit" else "tab:blue")
+            bars.plot(distances, [name] * len(distances), "k.", markersize=5)
+        bars.invert_yaxis()
+        bars.set(title=f"{domain}: Fréchet distance, and that of each seed", xlim=0)
+        for name in made:
+            losses = name != "base" and study.form.sweep_steps and study.sweep(domain, name, make=False)
+            if losses:
+                points = sorted((rate, loss) for rate, loss in losses.items())
+                lines.plot(*zip(*points, strict=True), ".-", label=name, linewidth=3 if name == "DiffFit" else 1)
+        lines.set(xscale="log", xlabel="learning rate", ylabel="loss", title=f"after {study.form.sweep_steps} steps")
+        if lines.lines:
+            lines.legend(fontsize=7)
+        strips = {}
+        for name, pairs in made.items():
+            grid = PIL.Image.open(study.bench.folder / "samples" / f"{pairs[0][0].name}.png")
+            side, count = grid.width // adaptation.COLUMNS, study.form.num_images
+            places = [divmod(i * count // NUM_SHOWN, adaptation.COLUMNS) for i in range(NUM_SHOWN)]
+            tiles = [grid.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y, x in places]
+            strips[name] = make_image_grid(tiles, 1, NUM_SHOWN)
+        if strips:
+            pictures.imshow(make_image_grid(list(strips.values()), len(strips), 1))
+            pictures.set_yticks([(i + 0.5) * side for i in range(len(strips))], strips)
+        pictures.set_xticks([])
+        pictures.spines[:].set_visible(False)
+    return figure
+
+
+def execute(
+    description: str | None,
+    long: Form,
+    short: Form,
+    attach: Callable[[str, DiTTransformer2DModel], nn.Module],
+    report: Callable[[Study, Path], None],
+    threads: int,
+) -> None:
+    """What the command line of a benchmark does: makes the runs, those of each domain in a process, and reports.
+
+    Args:
+        attach: see `adaptation.Bench`.
+        report: publishes a study's results to a folder.
+        threads: of each process; the figures depend on them a little, so that they are the same on every machine.
+    """
+    arguments = parser(description)
+    arguments.add_argument("--work_dir", type=Path, help="where runs are kept; default: runs/quality or quality-short")
+    arguments.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where it is faster")
+    arguments.add_argument("--report", action="store_true", help="make no runs: report those that are made")
+    arguments.add_argument("--domain", choices=long.domains, help=argparse.SUPPRESS)  # make its runs, and no report
+    args = arguments.parse_args()
+    torch.set_num_threads(threads)
+    form = short if args.short else long
+    folder = args.work_dir or ROOT / ("runs/quality-short" if args.short else "runs/quality")
+    bench = Bench(folder, attach, form.judge_steps, form.num_judged, form.max_samples)
+    study = Study(form, bench, args.mixed_precision)
+    if args.domain:
+        study.make(args.domain)
+        return
+    if not args.report:
+        bench.prepare(form.resolution)
+        processes = [subprocess.Popen([sys.executable, *sys.argv, "--domain", domain]) for domain in form.domains]
+        if any([process.wait() for process in processes]):
+            raise SystemExit("A process failed (see above). What it had done is kept.")
+    report(study, output_dir(args))

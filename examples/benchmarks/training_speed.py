@@ -1,0 +1,270 @@
+"""Seconds and memory of a training step: full fine-tuning, PEFT's methods, DiffFit, and the floor under all of them.
+
+    python examples/benchmarks/training_speed.py [--short]
+
+At the width of DiT-XL/2, on batches of 4 latents of 32 x 32: forward (the loss of published DiTs included), backward,
+optimiser (AdamW) and EMA of the weights are timed apart.
+
+- Time: all methods take turns, A B C A B C, at 2 and at 4 blocks, in one process. The difference of the two is the time
+  of a block, which gives that of 28. Ratios are medians over rounds of the ratio within a round.
+- Memory: each method in a fresh process, two steps; the process's peak of resident memory (Linux counts it anew when
+  asked) less what it had after its imports. So it is what the machine must have, the allocator's waste included, and
+  not a sum over tensors.
+- All 28 blocks, once, for the methods that the targets name: the second of two steps, each method in a fresh process.
+
+fp32 is float32 throughout. bf16 is autocast with the frozen weights held in bfloat16 and what is trained in float32,
+which is everything in full fine-tuning. Needs Linux; the long form needs 20 GB of memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from matplotlib.figure import Figure
+from methods import METHODS, adapt, dit_xl_2, hold_frozen_in, trained
+from report import output_dir, parser, publish, spread, table, target
+from tqdm import tqdm
+
+from difffit_peft.training.losses import diffusion_loss
+
+PHASES = ("forward", "backward", "optimiser", "EMA")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
+OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "floor"]
+ALL = [name for name in (*METHODS, "floor") if name != "LN tuning"]  # which has nothing to train in a DiT
+
+Steps = list[list[float]]  # seconds of each phase, step by step
+
+
+class Trainer:
+    """A model of random weights with all that a step needs."""
+
+    def __init__(self, method: str, num_layers: int, precision: str) -> None:
+        self.dtype = DTYPES[precision]
+        base = dit_xl_2(num_layers, torch.float32 if method == "full" else self.dtype)
+        self.model = hold_frozen_in(self.dtype, adapt(method, base)).train()
+        self.parameters = list(trained(self.model).values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0)
+        self.ema = EMAModel(self.parameters)
+        self.scheduler = DDPMScheduler()
+        generator = torch.Generator().manual_seed(0)
+        self.x_0, self.noise = torch.randn(2, BATCH, 4, 32, 32, generator=generator)
+        self.timesteps, self.labels = torch.randint(1000, (2, BATCH), generator=generator)
+
+    def step(self) -> list[float]:
+        """One step; the seconds of each phase."""
+        times = [time.perf_counter()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x_t = self.scheduler.add_noise(self.x_0, self.noise, self.timesteps)
+            output = self.model(x_t, timestep=self.timesteps, class_labels=self.labels).sample
+            loss = diffusion_loss(output, self.x_0, self.noise, self.timesteps, self.scheduler).mean()
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        times.append(time.perf_counter())
+        self.ema.step(self.parameters)
+        times.append(time.perf_counter())
+        return [end - start for start, end in zip(times[:-1], times[1:], strict=True)]
+
+
+def take_turns(methods: list[str], precision: str, rounds: int) -> dict[int, dict[str, Steps]]:
+    """Steps of all methods at both depths in turn, by depth and method; a round to warm up is left out."""
+    trainers = {(depth, name): Trainer(name, depth, precision) for depth in DEPTHS for name in methods}
+    steps: dict[int, dict[str, Steps]] = {depth: {name: [] for name in methods} for depth in DEPTHS}
+    for turn in tqdm(range(rounds + 1), desc=f"{precision}, {len(methods)} methods in turn"):
+        for (depth, name), trainer in trainers.items():
+            seconds = trainer.step()
+            if turn:
+                steps[depth][name].append(seconds)
+    return steps
+
+
+def alone(method: str, num_layers: int, precision: str) -> dict[str, Any]:
+    """The second of two steps and the peak of resident memory, in bytes; for a fresh process."""
+    before = _resident("VmRSS")
+    trainer = Trainer(method, num_layers, precision)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew: building is not training
+    return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": _resident("VmHWM") - before}
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """Of a product of matrices as in these models."""
+    x, weight = torch.randn(1024, 1152).to(dtype), torch.randn(4608, 1152).to(dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def ratio(steps: dict[str, Steps], numerator: str, denominator: str) -> float:
+    """Of seconds per step: the median over rounds of the ratio within a round."""
+    pairs = zip(steps[numerator], steps[denominator], strict=True)
+    return statistics.median(sum(a) / sum(b) for a, b in pairs)
+
+
+def per_step(steps: Steps) -> float:
+    return statistics.median(map(sum, steps))
+
+
+def per_block(times: dict[int, dict[str, Steps]], name: str) -> float:
+    low, high = DEPTHS
+    return (per_step(times[high][name]) - per_step(times[low][name])) / (high - low)
+
+
+def extrapolated(times: dict[int, dict[str, Steps]], name: str) -> float:
+    return per_step(times[DEPTHS[1]][name]) + (FULL_DEPTH - DEPTHS[1]) * per_block(times, name)
+
+
+def tables(times: dict, memory: dict, once: dict, product: dict[str, float]) -> str:
+    """`times[precision][depth][method]` are steps, `memory` and `once` results of `alone` by precision and method."""
+    depth = DEPTHS[1]
+    parts = [
+        f"One training step at DiT-XL/2's width, batch {BATCH}; seconds, median (and range) of "
+        f"{len(times['fp32'][depth]['floor'])} rounds in fp32 and {len(times['bf16'][depth]['floor'])} in bf16, in "
+        "which the methods take turns. The floor is one forward and one backward of the frozen model. LN tuning is "
+        "left out: a DiT's norms have nothing to train. A product of matrices takes "
+        f"{product['bf16'] / product['fp32']:.2g} times as long in bf16 as in fp32 on this processor."
+    ]
+    for precision, by_depth in times.items():
+        steps = by_depth[depth]
+        rows = []
+        for name in steps:
+            phases = [f"{statistics.median(column):.3f}" for column in zip(*steps[name], strict=True)]
+            rows.append(
+                [
+                    name,
+                    *phases,
+                    spread([sum(step) for step in steps[name]]),
+                    f"{ratio(steps, 'full', name):.2f}",
+                    f"{ratio(steps, name, 'floor'):.3f}",
+                    f"{per_block(by_depth, name):.3f}",
+                    f"{extrapolated(by_depth, name):.1f}",
+                    *([f"{memory[precision][name]['peak_bytes'] / 1e9:.2f}"] if name in memory[precision] else ["–"]),
+                ]
+            )
+        columns = (
+            f"{precision}, {depth} blocks",
+            *PHASES,
+            "a step",
+            "full ÷ it",
+            "it ÷ floor",
+            "per block",
+            f"{FULL_DEPTH} blocks, extrapolated",
+            "peak memory, GB",
+        )
+        parts.append(table(columns, rows))
+    rows = [
+        [
+            f"{name}, {precision}",
+            f"{sum(result['seconds']):.1f}",
+            f"{extrapolated(times[precision], name):.1f}",
+            f"{sum(results['full']['seconds']) / sum(result['seconds']):.2f}",
+            f"{result['peak_bytes'] / 1e9:.2f}",
+            f"{results['full']['peak_bytes'] / result['peak_bytes']:.2f}",
+        ]
+        for precision, results in once.items()
+        for name, result in results.items()
+    ]
+    if rows:
+        columns = ("", "a step, s", "extrapolated", "full ÷ it", "peak memory, GB", "full ÷ it")
+        parts.append(f"All {FULL_DEPTH} blocks, batch {BATCH}, one step of each in a fresh process:")
+        parts.append(table(columns, rows))
+    return "\n\n".join(parts)
+
+
+def plot(times: dict, memory: dict) -> Figure:
+    """Phases of a step, and memory where it was measured, method by method."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for row, (precision, by_depth) in enumerate(times.items()):
+        steps = by_depth[DEPTHS[1]]
+        names = list(reversed(steps))
+        axis = figure.add_subplot(
+            2, 2, 2 * row + 1, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="seconds per step"
+        )
+        left = [0.0] * len(names)
+        for phase, label in enumerate(PHASES):
+            width = [statistics.median(step[phase] for step in steps[name]) for name in names]
+            axis.barh(names, width, left=left, label=label)
+            left = [a + b for a, b in zip(left, width, strict=True)]
+        axis.axvline(per_step(steps["floor"]), color="black", linewidth=0.8, linestyle=":")
+        axis.legend(fontsize=8)
+        names = list(reversed(memory[precision]))
+        axis = figure.add_subplot(2, 2, 2 * row + 2, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="peak memory, GB")
+        axis.barh(names, [memory[precision][name]["peak_bytes"] / 1e9 for name in names], color="tab:gray")
+    return figure
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 7 3)")
+    args = cli.parse_args()
+    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (7, 3)), strict=True))
+    methods = OF_TARGETS if args.short else ALL
+    folder = output_dir(args)
+    os.environ["OMP_NUM_THREADS"] = "2"  # of the processes started here: the targets are for 2 cores
+    torch.set_num_threads(2)
+
+    product = {precision: in_fresh_process(product_seconds, dtype) for precision, dtype in DTYPES.items()}
+    times = {precision: in_fresh_process(take_turns, methods, precision, rounds[precision]) for precision in DTYPES}
+    depth = DEPTHS[1]
+    jobs = [(name, depth, p) for p in DTYPES for name in (["full", "DiffFit"] if args.short else methods)]
+    if not args.short:
+        jobs += [(name, FULL_DEPTH, p) for p in DTYPES for name in OF_TARGETS]
+    measured: dict[int, dict[str, dict[str, Any]]] = {d: {p: {} for p in DTYPES} for d in (depth, FULL_DEPTH)}
+    for name, num_layers, precision in tqdm(jobs, desc="each alone"):
+        measured[num_layers][precision][name] = in_fresh_process(alone, name, num_layers, precision)
+    memory, once = measured[depth], measured[FULL_DEPTH]
+
+    targets = []
+    for precision, least, most, lora in (("fp32", 2.0, 1.04, 1.15), ("bf16", 2.6, 1.06, 1.05)):
+        steps = times[precision][depth]
+        for numerator, denominator, bound, limit in (
+            ("full", "DiffFit", "≥", least),
+            ("DiffFit", "floor", "≤", most),
+            ("LoRA r=8", "DiffFit", "≥", lora),
+        ):
+            what = f"{numerator} ÷ {denominator}, seconds per step, {precision}"
+            targets.append(target(what, bound, limit, ratio(steps, numerator, denominator)))
+    deepest = depth if args.short else FULL_DEPTH
+    peak = {name: measured[deepest]["bf16"][name]["peak_bytes"] for name in ("full", "DiffFit")}
+    what = f"full ÷ DiffFit, peak memory, bf16, {deepest} blocks"
+    targets.append(target(what, "≥", 4.5, peak["full"] / peak["DiffFit"]))
+
+    publish(
+        folder,
+        "training_speed",
+        "Training: seconds and memory per step",
+        tables(times, memory, once, product),
+        {"phases": PHASES, "batch": BATCH, "steps": times, "alone": measured, "product_seconds": product},
+        plot(times, memory),
+        targets,
+    )
+
+
+if __name__ == "__main__":
+    main()
