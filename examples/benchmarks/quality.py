@@ -33,13 +33,13 @@ FIRST_HALF = [0, 1, 2, 3]
 # Learning rates that the sweep of each method starts with. OFT's are those of PEFT's examples and above.
 RATES = {
     "full": (1e-4, 3e-4, 1e-3),
+    "DiffFit": (3e-3, 1e-2, 3e-2),
     "BitFit": (3e-3, 1e-2, 3e-2),
     "LoRA r=2": (1e-3, 3e-3, 1e-2),
     "LoRA r=8": (1e-3, 3e-3, 1e-2),
+    "IA³": (1e-2, 3e-2, 1e-1),
     "LoRA r=16": (1e-3, 3e-3, 1e-2),
     "OFT": (1e-3, 3e-3, 1e-2),
-    "IA³": (1e-2, 3e-2, 1e-1),
-    "DiffFit": (3e-3, 1e-2, 3e-2),
 }
 
 # DiffFit's and BitFit's configs, and those of the ablation; "DiffFit" has γ on LAYERS of the first half.

@@ -88,25 +88,27 @@ def shares(change: dict[str, Tensor], base: dict[str, nn.Parameter], layer: str)
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    count, batch, steps = (32, 4, 2) if args.short else (256, 8, 16)
+    count, batch, points = (32, 4, (1, 2)) if args.short else (192, 8, (1, 4, 16))
     folder = output_dir(args)
     pipe = DiTPipeline.from_pretrained(EMOJI / "base", dtype=torch.float32)
     train, held_out = Denoising(pipe, "train", count, seed=0), Denoising(pipe, "test", count // 4, seed=1)
 
-    def fit(trained: str, rate: float) -> tuple[nn.Module, dict[int, float]]:
-        """A trained copy of the base, and its held-out loss after 0, 1, 2, 4, ... steps."""
+    @torch.no_grad()
+    def held_out_loss(model: nn.Module) -> float:
+        return held_out(model, torch.arange(count // 4), 0).item()
+
+    def fit(trained: str, rate: float) -> tuple[nn.Module, list[float]]:
+        """A trained copy of the base, and its held-out losses at the start and after `points` steps."""
         torch.manual_seed(0)  # LoRA's A is random
         model = attach(trained, copy.deepcopy(base))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0)
-        curve = {}
-        for step in tqdm(range(steps + 1), desc=f"{trained}, {rate:g}"):
-            if step:
-                train(model, torch.arange(step * batch, (step + 1) * batch) % count, step).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            if step.bit_count() <= 1:
-                with torch.no_grad():
-                    curve[step] = held_out(model, torch.arange(count // 4), 0).item()
+        curve = [start]
+        for step in tqdm(range(1, points[-1] + 1), desc=f"{trained}, {rate:g}"):
+            train(model, torch.arange(step * batch, (step + 1) * batch) % count, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in points:
+                curve.append(held_out_loss(model))
         return model, curve
 
     base = attach("W and b", pipe.transformer)
@@ -114,12 +116,13 @@ def main() -> None:
         train(base, rows, step).backward()
     gradient = {name: weight.grad for name, weight in weights(base).items()}
     base.zero_grad()
+    start = held_out_loss(base)
     found = {layer: shares(gradient, weights(base), layer) for layer in LAYERS}
 
     losses, best, parameters = {}, {}, {}
     for trained, (_, rates) in TRAINED.items():
         fits = {rate: fit(trained, rate) for rate in rates}
-        best[trained] = min(fits, key=lambda rate: fits[rate][1][steps])
+        best[trained] = min(fits, key=lambda rate: fits[rate][1][-1])
         losses[trained] = {rate: curve for rate, (_, curve) in fits.items()}
         model = fits[best[trained]][0]
         parameters[trained] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -135,19 +138,18 @@ def main() -> None:
             for layer in LAYERS
         ),
     )
-    points = list(losses["γ"][best["γ"]])
     fast = table(
-        ("trained", "numbers", "learning rate", *(f"after {step}" for step in points)),
+        ("trained", "numbers", "learning rate", *(f"after {step}" for step in (0, *points))),
         (
             (trained, f"{parameters[trained]:,}", f"{rate:g} of {', '.join(f'{r:g}' for r in losses[trained])}")
-            + tuple(f"{losses[trained][rate][step]:.4f}" for step in points)
+            + tuple(f"{loss:.4f}" for loss in losses[trained][rate])
             for trained, rate in best.items()
         ),
     )
     section = f"""{header()}
 
 Where the squares of the gradient of W on {count} training images lie: along the row of W itself, along another row of
-it, along a random direction; and for comparison the change of W after {steps} steps of AdamW on W and b.
+it, along a random direction; and for comparison the change of W after {points[-1]} steps of AdamW on W and b.
 
 {where}
 
@@ -167,9 +169,9 @@ rates the one with the lowest loss in the end.
     left.set(xlabel="share of the gradient ÷ that of a random direction")
     left.invert_yaxis()
     for trained, rate in best.items():
-        right.plot(points, losses[trained][rate].values(), marker="o", label=f"{trained} ({parameters[trained]:,})")
+        right.plot((0, *points), losses[trained][rate], marker="o", label=f"{trained} ({parameters[trained]:,})")
     right.set_xscale("symlog")
-    right.set(xlabel="steps", ylabel="held-out loss", xticks=points, xticklabels=points)
+    right.set(xlabel="steps", ylabel="held-out loss", xticks=(0, *points), xticklabels=(0, *points))
     left.legend()
     right.legend()
     write(folder / f"{NAME}.png", lambda path: figure.savefig(path, dpi=130, format="png"))

@@ -1,0 +1,70 @@
+"""What the benchmarks stand on: the methods compared, and the page that results are written to."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dit, make_inputs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+
+import methods  # noqa: E402
+import report  # noqa: E402
+
+
+@torch.no_grad()
+def output(model) -> torch.Tensor:
+    return model.eval()(**make_inputs()).sample
+
+
+@pytest.mark.parametrize("name", [*methods.METHODS, "floor"])
+def test_every_method_starts_as_the_base_and_trains_what_it_says(name):
+    base = make_dit()
+    parameters = {n: p.shape for n, p in base.named_parameters()}
+    embedder = sum(shape.numel() for n, shape in parameters.items() if ".0.norm1.emb." in n)
+    total = sum(shape.numel() for shape in parameters.values()) - 3 * embedder  # one for all four blocks
+    biases = sum(shape.numel() for n, shape in parameters.items() if n.endswith(".bias") and ".norm1.emb." not in n)
+    biases += sum(shape.numel() for n, shape in parameters.items() if n.endswith(".bias") and ".0.norm1.emb." in n)
+    rows = 1001 * 16
+    model = methods.adapt(name, make_dit())
+    assert torch.equal(output(model), output(base))
+    count = sum(weight.numel() for weight in methods.trained(model).values())
+    layers = 4 * [(16, 16)] * 4 + 4 * [(16, 64), (64, 16)]  # (in, out) of attention and feed-forward
+    expected = {
+        "full": total,
+        "BitFit": biases + rows,
+        "DiffFit": biases + rows + 2 * (4 * 16 + 64 + 16),
+        "LoRA r=8": 8 * sum(i + o for i, o in layers),
+        "LoRA r=16": 16 * sum(i + o for i, o in layers),
+        "LN tuning": 0,
+        "floor": 1,
+    }
+    assert count == expected.get(name, count) and count < total + 1
+
+
+def test_an_unknown_method():
+    with pytest.raises(ValueError, match="'lora' is no method: use one of full, BitFit"):
+        methods.adapt("lora", make_dit())
+
+
+def test_a_section_is_replaced_and_the_rest_of_the_page_left(tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text("# Results\n\n<!-- a -->\nold\n<!-- /a -->\n\nBy hand.\n")
+    report.write_section(page, "a", "new")
+    report.write_section(page, "b", "appended")
+    assert page.read_text() == (
+        "# Results\n\n<!-- a -->\nnew\n<!-- /a -->\n\nBy hand.\n\n<!-- b -->\nappended\n<!-- /b -->\n"
+    )
+    page.write_text("<!-- a -->\n")
+    with pytest.raises(ValueError, match="it must have <!-- a --> and after it <!-- /a -->, once each"):
+        report.write_section(page, "a", "new")
+    assert page.read_text() == "<!-- a -->\n"
+
+
+def test_targets():
+    met, missed = report.target("a", "≤", 1.0, 1.0), report.target("b", "≥", 2.0, 1.9)
+    assert (met["met"], missed["met"], report.target("c", "≥", 2.0, None)["met"]) == (True, False, None)
+    assert "| b | ≥ 2 | 1.9 | **not met** |" in report.targets_table([met, missed])
+    with pytest.raises(ValueError, match="bound='<'"):
+        report.target("a", "<", 1.0, 1.0)
