@@ -38,21 +38,31 @@ def test_half_precision_on_disk():
     assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.float16}
 
 
-@pytest.mark.parametrize(("path", "rows"), [("noto/train", 3781), ("twemoji/train", 1706), ("twemoji/test", 200)])
-def test_the_datasets(pipe, path, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "rows", "side"),
+    [
+        ("noto/train", 3781, 64),
+        ("twemoji/train", 1706, 64),
+        ("twemoji/test", 200, 64),
+        ("openmoji/train", 1706, 128),
+        ("openmoji/test", 200, 128),
+    ],
+)
+def test_the_datasets(pipe, path, rows, side, tmp_path):
     file = str(EMOJI / "data" / f"{path}.parquet")
     dataset = load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path))
     assert len(dataset) == rows
     assert {name: index for index, name in enumerate(dataset.features["label"].names)} == pipe.labels
-    assert dataset[0]["image"].size == (64, 64) and dataset[0]["image"].mode == "RGB"
+    assert dataset[0]["image"].size == (side, side) and dataset[0]["image"].mode == "RGB"
 
 
-def test_held_out_twemoji_are_not_trained_on(tmp_path):
+@pytest.mark.parametrize("style", ["twemoji", "openmoji"])
+def test_held_out_emoji_are_not_trained_on(style, tmp_path):
     names = [
         set(load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path))["name"])
-        for file in sorted((EMOJI / "data/twemoji").glob("*.parquet"))
+        for file in sorted((EMOJI / "data" / style).glob("*.parquet"))
     ]
-    assert not names[0] & names[1]
+    assert len(names) == 2 and not names[0] & names[1]
 
 
 def test_it_adapts_through_less_than_a_percent(pipe):
