@@ -121,8 +121,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
         layer = self.base_layer
-        if delta is not None and adapter_names is None and _is_plain_linear(layer):
-            # W x + (b + δ): the sum of two vectors rather than a pass over the activations
+        plain = delta is not None and adapter_names is None and _is_plain_linear(layer)
+        if plain:  # W x + (b + δ): the sum of two vectors rather than a pass over the activations
             y, delta = F.linear(x, layer.weight, (layer.bias + delta).to(layer.bias.dtype)), None
         else:
             y = layer(x, *args, **kwargs)
@@ -131,7 +131,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             y = y + self._broadcast(delta.to(y.dtype), y)
         if gamma is not None:
             gamma = self._broadcast(gamma.to(y.dtype), y)
-            y = _Scale.apply(y, gamma) if gamma.requires_grad else y * gamma
+            if gamma.requires_grad:
+                return _Scale.apply(y, gamma)
+            return y.mul_(gamma) if plain else y * gamma  # in place where y is nobody else's
         return y
 
     def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
