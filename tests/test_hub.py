@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOKEN = os.environ["HF_TOKEN"]
 LABELS = {0: "fox", 1: "owl"}
+OLD_CLIENT = int(version("huggingface_hub").split(".")[0]) < 2
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,10 @@ def test_trained_pushed_and_loaded_in_fresh_processes(api, tmp_path):
     assert not np.array_equal(PIL.Image.open(before), PIL.Image.open(after))
 
     gone = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there; peft 0.21 asks unless it is told not to
-    for environment, stock in (({}, ["stock"]), (gone, []), (gone | {"HF_HUB_OFFLINE": "1"}, ["stock"])):
+    ways = [({}, ["stock"]), (gone, []), (gone | {"HF_HUB_OFFLINE": "1"}, ["stock"])]
+    if OLD_CLIENT:  # with which diffusers does not go to its cache by itself
+        ways.pop(1)
+    for environment, stock in ways:
         python("-c", LOAD, str(tmp_path), *stock, cache="loading", **environment)
         for name in ("ours", *stock):
             assert np.array_equal(PIL.Image.open(tmp_path / f"{name}.png"), PIL.Image.open(after))
@@ -152,7 +157,8 @@ def test_what_is_on_the_hub(api, trained, tmp_path):
     count = sum(p.numel() for name, p in trained.transformer.named_parameters() if ".difffit_" in name)
     assert f"{count:,} trained parameters" in card.text
     assert len(api.list_repo_commits("me/fox")) == 2  # the first is the empty repository
-    assert card.validate() is None  # by the Hub
+    if not OLD_CLIENT:  # which asks huggingface.co, whatever the endpoint
+        assert card.validate() is None  # by the Hub
 
 
 def test_the_cards_lines_run_as_they_stand(trained, tmp_path, monkeypatch):
