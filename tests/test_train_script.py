@@ -251,7 +251,7 @@ def launch(workdir: Path, config: str, script: Path, output: str, *flags: str) -
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(SCRIPT.parent / "accelerate" / config), str(script), *arguments(workdir, output)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=180, env=environment)
+    process = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=600, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
 
 
