@@ -14,6 +14,7 @@ class Architecture:
     Attributes:
         blocks: name of the `ModuleList` of blocks, or "" where a model has none.
         gamma_modules: endings of the names of a block's layers that get γ by default; `None`: all of them.
+        low_rank_modules: the same for the layers that get a change of low rank where a config asks for one.
         class_table: ending of the name of the `nn.Embedding` of classes, whose last row is the null class.
         copied_embedder: whether every block holds a copy of one timestep and class embedder (see `conditioning`).
         base_config: fields of `model.config` that must agree between an adapter and its base.
@@ -21,6 +22,7 @@ class Architecture:
 
     blocks: str
     gamma_modules: tuple[str, ...] | None = None
+    low_rank_modules: tuple[str, ...] | None = None
     class_table: str | None = None
     copied_embedder: bool = False
     base_config: tuple[str, ...] = ()
@@ -32,6 +34,7 @@ ARCHITECTURES = {
     "DiTTransformer2DModel": Architecture(
         blocks="transformer_blocks",
         gamma_modules=("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"),
+        low_rank_modules=("attn1.to_out.0", "ff.net.2"),
         class_table="class_embedder.embedding_table",
         copied_embedder=True,
         base_config=(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DiffFitConfig
-from .layer import DiffFitLayer, parameter_shape
+from .layer import DiffFitLayer, parameter_shapes
 
 
 class DiffFitEmbedding(DiffFitLayer):
@@ -21,13 +21,13 @@ class DiffFitEmbedding(DiffFitLayer):
     strengths 0.8 and 0.2 blend their classes of one index. There is no γ.
     """
 
-    def update_layer(self, adapter_name: str, config: DiffFitConfig, gamma: bool = False, delta: bool = True) -> None:
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, **kinds: bool) -> None:
         """Adds an adapter of K = `config.num_classes` classes, or of all the table's.
 
         Where K is given and `config.init_class_rows` is "null", each class starts as the null class, else as it was.
         """
         table, classes = self._base()["weight"], config.num_classes
-        shape = parameter_shape(self.get_base_layer(), classes)
+        shape = parameter_shapes(self.get_base_layer(), config)["difffit_delta"]
         rows = torch.zeros(shape) if config.init_weights else torch.randn(shape)
         if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
             rows[:-1] = table[-1].float() - table[:classes].float()

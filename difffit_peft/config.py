@@ -30,6 +30,10 @@ class DiffFitConfig(PeftConfig):
     layers of the first half of the blocks, the scale factors γ. `DiffFitConfig(gamma_modules=[])` is BitFit with the
     class embedding.
 
+    Not the paper's, and off by default: `r` adds a change of low rank. `DiffFitConfig(gamma_modules=[], r=1,
+    exclude_modules=["to_k"])` puts one of rank 1 where γ would be, at about the same number of parameters; what that is
+    worth is in `docs/results.md`.
+
     Args:
         target_modules: layers whose bias is trained (δ) and, for norms, whose scale is trained too (γ). A list of
             names or name endings, a regular expression for the whole name, or "all-linear". `None`: every layer with a
@@ -39,6 +43,9 @@ class DiffFitConfig(PeftConfig):
             architecture. `[]`: none.
         gamma_layers: indices of the blocks whose layers may get γ. `None`: all blocks for `gamma_modules`, and the
             first half of them for the preset.
+        r: rank of a change B A of the weight, y = γ ⊙ (W x + B A x + b + δ), as LoRA's with alpha = r. 0: none.
+        low_rank_modules: linear layers that get it, named in the same two ways. `None`: the preset of the architecture,
+            in a DiT the output layers of attention and feed-forward, in all blocks.
         num_classes: number of classes of the new domain, K. Trains rows 0..K-1 of the class table and the null row.
             `None`: every row of the table.
         id2label: names of those classes, `{0: "apple pie", ...}`. Sets `num_classes` and travels with the adapter.
@@ -62,6 +69,10 @@ class DiffFitConfig(PeftConfig):
     )
     gamma_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: all; the preset: half."}
+    )
+    r: int = field(default=0, metadata={"help": "Rank of a change of the weight, as LoRA's. 0: none, as in the paper."})
+    low_rank_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Linear layers that get it. None: the architecture's preset."}
     )
     num_classes: int | None = field(
         default=None, metadata={"help": "Classes of the new domain. None: every row of the base's class table."}
@@ -87,7 +98,7 @@ class DiffFitConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.DIFFFIT
-        for name in ("target_modules", "exclude_modules", "gamma_modules"):
+        for name in ("target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"):
             setattr(self, name, _checked_patterns(name, getattr(self, name)))
         saved = self.modules_to_save
         if saved is not None and (  # peft reads them as regular expressions in places
@@ -99,6 +110,10 @@ class DiffFitConfig(PeftConfig):
             if not _is_list(layers) or not all(_is_int(i) and i >= 0 for i in layers):
                 raise ValueError(f"gamma_layers={short(layers)}: must be a list of block indices from 0 up, or None.")
             self.gamma_layers = sorted(set(layers))
+        if not (_is_int(self.r) and self.r >= 0):
+            raise ValueError(f"r={short(self.r)}: must be an integer, 0 for no change of low rank.")
+        if self.low_rank_modules and not self.r:
+            raise ValueError(f"low_rank_modules={short(self.low_rank_modules)}: give a rank too, such as r=1.")
         self._check_classes()
         if self.sample_size is not None and not (_is_int(self.sample_size) and self.sample_size > 0):
             raise ValueError(f"sample_size={short(self.sample_size)}: the side of the latents is an integer above 0.")

@@ -1,8 +1,9 @@
-"""The whole method in one layer: y = γ ⊙ (base(x) + δ)."""
+"""The whole method in one layer: y = γ ⊙ (base(x) + δ), and on request y = γ ⊙ (base(x) + B A x + δ)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -19,7 +20,7 @@ from .config import DiffFitConfig
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm, *_CHANNELS_FIRST_NORMS)
-_NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0}
+_NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0, "difffit_A": 0.0, "difffit_B": 0.0}
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -32,11 +33,21 @@ def is_supported(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D, *_CONVOLUTIONS)) or is_norm(layer)
 
 
-def parameter_shape(layer: nn.Module, num_classes: int | None = None) -> tuple[int, ...]:
-    """The shape of γ and δ on a layer, and of the rows trained in a class table."""
+def parameter_shapes(
+    layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, low_rank: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what an adapter puts on a layer, or of the rows that it trains in a class table, by their names."""
     if isinstance(layer, nn.Embedding):
-        return (layer.num_embeddings if num_classes is None else num_classes + 1, layer.embedding_dim)
-    return tuple(layer.weight.shape) if is_norm(layer) else (_features(layer)[1],)
+        rows = layer.num_embeddings if config.num_classes is None else config.num_classes + 1
+        return {"difffit_delta": (rows, layer.embedding_dim)}
+    inputs, outputs = _features(layer)
+    shapes = {
+        "difffit_gamma": gamma and _value_shape(layer),
+        "difffit_delta": delta and _value_shape(layer),
+        "difffit_A": low_rank and (config.r, inputs),
+        "difffit_B": low_rank and (outputs, config.r),
+    }
+    return {name: shape for name, shape in shapes.items() if shape}
 
 
 class DiffFitLayer(nn.Module, BaseTunerLayer):
@@ -48,15 +59,20 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     parameters, so that a norm needs no layer of its own. Not every layer has both. The base layer is never written
     to, but while merged: then `weight` is γ·weight and `bias` is γ·(bias + δ), and the originals are kept aside.
 
+    With `DiffFitConfig(r=...)` linear layers also get a change of rank r, which can turn the rows of the weight where γ
+    can only stretch them: y = γ ⊙ (base(x) + B A x + δ), merged as γ·(weight + B A). That is LoRA's (Hu et al. 2021)
+    with alpha = r, and no part of the paper's method.
+
     Several active adapters i with strengths s_i compose in any order, in the forward pass as in a merge, so that an
     adapter at strength 0 is the base and at 1 itself:
 
-        γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i
+        γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i        B A = Σ s_i B_i A_i
 
-    Shapes: `difffit_gamma[name]` and `difffit_delta[name]` are (out channels,), or the shape of a norm's weight.
+    Shapes: `difffit_gamma[name]` and `difffit_delta[name]` are (out channels,), or the shape of a norm's weight;
+    `difffit_A[name]` is (r, in channels), `difffit_B[name]` (out channels, r).
     """
 
-    adapter_layer_names = ("difffit_gamma", "difffit_delta")
+    adapter_layer_names = ("difffit_gamma", "difffit_delta", "difffit_A", "difffit_B")
     cast_input_dtype_enabled = True  # peft's layer-wise casting looks for it; only outputs are touched here
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -65,6 +81,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(self.get_base_layer())
         self.difffit_gamma = nn.ParameterDict()
         self.difffit_delta = nn.ParameterDict()
+        self.difffit_A = nn.ParameterDict()
+        self.difffit_B = nn.ParameterDict()
         self.strength: dict[str, Tensor] = {}  # 0-dim, one per adapter
         self._scaled: set[str] = set()  # the adapters whose strength is not 1
         self.merged_adapters: list[str] = []
@@ -72,15 +90,13 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
 
-    def update_layer(self, adapter_name: str, config: DiffFitConfig, gamma: bool, delta: bool) -> None:
-        """Adds an adapter: γ and δ as asked for, from γ = 1 and δ = 0, or random if `config.init_weights` is False."""
-        shape = parameter_shape(self.get_base_layer())
-        if gamma:
-            value = torch.ones(shape) if config.init_weights else torch.rand(shape) + 0.5
-            self.difffit_gamma[adapter_name] = nn.Parameter(value)
-        if delta:
-            value = torch.zeros(shape) if config.init_weights else torch.randn(shape)
-            self.difffit_delta[adapter_name] = nn.Parameter(value)
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, **kinds: bool) -> None:
+        """Adds an adapter: `gamma`, `delta` and `low_rank` as asked for.
+
+        It starts from γ = 1, δ = 0 and B = 0, or from random values if `config.init_weights` is False.
+        """
+        for kind, shape in parameter_shapes(self.get_base_layer(), config, **kinds).items():
+            getattr(self, kind)[adapter_name] = nn.Parameter(_initial(kind, shape, config.init_weights))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_scale(adapter_name, 1)
 
@@ -94,7 +110,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         for kind in self.adapter_layer_names:
             values = [_at(kind, getattr(self, kind)[n], w) for n, w in weights.items() if n in getattr(self, kind)]
             if values:
-                getattr(self, kind)[adapter_name].data.copy_(_compose(kind, values))
+                blended = getattr(self, kind)[adapter_name].data
+                blended.copy_(_padded(_compose(kind, values), blended.shape))
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.strength.pop(adapter_name, None)
@@ -116,7 +133,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         return self._adapted(x, adapter_names, *args, **kwargs)
 
     def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
-        """γ ⊙ (base(x) + δ)."""
+        """γ ⊙ (base(x) + B A x + δ)."""
         combine = self._composed if adapter_names is None else self._gathered
         names = self.active_adapters if adapter_names is None else adapter_names
         delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
@@ -127,6 +144,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         else:
             y = layer(x, *args, **kwargs)
         # in the dtype of the activations, so that a half-precision base stays at half the memory
+        if self.difffit_A and (low_rank := self._low_rank(x, names, combine)) is not None:
+            y = y + low_rank.to(y.dtype)
         if delta is not None:
             y = y + self._broadcast(delta.to(y.dtype), y)
         if gamma is not None:
@@ -136,8 +155,20 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             return y.mul_(gamma) if plain else y * gamma  # in place where y is nobody else's
         return y
 
+    def _low_rank(
+        self, x: Tensor, names: list[str], combine: Callable[[str, list[str]], Tensor | None]
+    ) -> Tensor | None:
+        """B A x, or None where no adapter has it. A and B are (r, in) and (out, r), or one of each per sample."""
+        A, B = combine("difffit_A", names), combine("difffit_B", names)
+        if A is None or B is None:
+            return None
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        if A.dim() == 2:
+            return F.linear(F.linear(x, A), B)
+        return torch.einsum("b...r,bor->b...o", torch.einsum("b...i,bri->b...r", x, A), B)
+
     def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
-        """γ = Π (1 + s_i (γ_i - 1)) or δ = Σ s_i δ_i, or None where no adapter has one."""
+        """γ = Π (1 + s_i (γ_i - 1)), δ = Σ s_i δ_i, or all A_i or s_i B_i in one; None where no adapter has one."""
         values = [self._at_strength(kind, name) for name in adapters if name in getattr(self, kind)]
         return _compose(kind, values) if values else None
 
@@ -146,11 +177,13 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         values = {name: self._at_strength(kind, name) for name in {*adapter_names} if name in getattr(self, kind)}
         if not values:
             return None
+        shape = [max(sizes) for sizes in zip(*(value.shape for value in values.values()), strict=True)]  # ranks differ
+        values = {name: _padded(value, shape) for name, value in values.items()}
         neutral = torch.full_like(next(iter(values.values())), _NEUTRAL[kind])
         return torch.stack([values.get(name, neutral) for name in adapter_names])
 
     def _at_strength(self, kind: str, adapter_name: str) -> Tensor:
-        """γ or δ of an adapter at its strength."""
+        """What an adapter has of a kind, at its strength."""
         value = getattr(self, kind)[adapter_name]
         # compiled code always multiplies, so that no change of strength compiles it anew
         if not torch.compiler.is_compiling() and adapter_name not in self._scaled:
@@ -169,7 +202,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the active adapters, or those named, into the base layer: W' = γW, b' = γ(b + δ).
+        """Writes the active adapters, or those named, into the base layer: W' = γ(W + B A), b' = γ(b + δ).
 
         Raises:
             ValueError: if the base's weights are quantised or sharded, or with `safe_merge` if a merged value is not
@@ -213,11 +246,14 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
-        """W' = γW, b' = γ(b + δ), in float32 or better; of a layer without γ, b' alone."""
+        """W' = γ(W + B A), b' = γ(b + δ), in float32 or better; without what does not change."""
         layer = self.get_base_layer()
         gamma, delta = self._composed("difffit_gamma", adapters), self._composed("difffit_delta", adapters)
+        A, B = self._composed("difffit_A", adapters), self._composed("difffit_B", adapters)
         base = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in base.items()}
         merged = {}
+        if A is not None and B is not None:
+            merged["weight"] = base["weight"] = base["weight"] + (B @ A).detach()
         if delta is not None:
             merged["bias"] = base["bias"] = base["bias"] + delta.detach()
         if gamma is not None:
@@ -238,7 +274,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         Channels come last, or, in convolutions and some norms, before the dimensions of space.
         """
         layer = self.get_base_layer()
-        shape = parameter_shape(self.get_base_layer())
+        shape = _value_shape(layer)
         space = 0
         if isinstance(layer, _CONVOLUTIONS):
             space = len(layer.kernel_size)
@@ -278,14 +314,36 @@ def _is_plain_linear(layer: nn.Module) -> bool:
     )
 
 
+def _initial(kind: str, shape: tuple[int, ...], neutral: bool) -> Tensor:
+    """Where training starts: an adapter that does nothing or, if not `neutral`, a random one."""
+    if kind == "difffit_A":  # as in LoRA: what is 0 at the start is B
+        return torch.empty(shape).uniform_(-1, 1) / shape[1] ** 0.5
+    if neutral:
+        return torch.full(shape, _NEUTRAL[kind])
+    return torch.rand(shape) + 0.5 if kind == "difffit_gamma" else torch.randn(shape)
+
+
 def _at(kind: str, value: Tensor, strength: Tensor | float) -> Tensor:
-    """1 + s (γ - 1) or s δ: nothing of an adapter at s = 0, all of it at s = 1."""
-    return _NEUTRAL[kind] + strength * (value - _NEUTRAL[kind])
+    """1 + s (γ - 1), s δ or s B: nothing of an adapter at s = 0, all of it at s = 1. A stays as it is."""
+    return value if kind == "difffit_A" else _NEUTRAL[kind] + strength * (value - _NEUTRAL[kind])
 
 
 def _compose(kind: str, values: list[Tensor]) -> Tensor:
-    """The product of γ, the sum of δ."""
+    """The product of γ, the sum of δ; A one below the other and B one beside the other, so that B A is a sum too."""
+    if kind in ("difffit_A", "difffit_B"):
+        return torch.cat(values, dim=0 if kind == "difffit_A" else 1) if len(values) > 1 else values[0]
     return reduce(torch.mul if kind == "difffit_gamma" else torch.add, values)
+
+
+def _padded(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """`value` with zeros after it in each dimension, up to `shape`: in A and B, a higher rank with the same product."""
+    missing = [size - have for size, have in zip(shape, value.shape, strict=True)]
+    return F.pad(value, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else value
+
+
+def _value_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of γ and δ."""
+    return tuple(layer.weight.shape) if is_norm(layer) else (_features(layer)[1],)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

@@ -21,11 +21,11 @@ from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
 from .config import DiffFitConfig, fullmatches, nearest, short
 from .hub import base_model_id
-from .layer import DiffFitLayer, is_norm, is_supported, parameter_shape
+from .layer import DiffFitLayer, is_norm, is_supported, parameter_shapes
 
 _MAX_UPSCALING = 16  # an adapter from a stranger must not ask for any amount of memory
 
-# Which of γ and δ each layer gets, by the layer's name.
+# Which of γ, δ and a change of low rank each layer gets, by the layer's name.
 _Plan = dict[str, dict[str, bool]]
 
 
@@ -136,7 +136,7 @@ class DiffFitModel(BaseTuner):
         """Adds an adapter that does alone what `adapters` do together at strengths `weights`, whatever theirs are now.
 
         γ = Π (1 + w_i (γ_i - 1)), δ = Σ w_i δ_i, class rows too, index by index: the rule of `set_scale`, written into
-        one adapter that can be saved. Its class names are the adapters' where they agree.
+        one adapter that can be saved. Ranks add up. Its class names are the adapters' where they agree.
 
         Raises:
             ValueError: if an adapter is unknown, named twice or has modules saved whole, if weights are not finite or
@@ -156,7 +156,11 @@ class DiffFitModel(BaseTuner):
             raise ValueError(f"The adapter {whole[0]!r} has modules_to_save, which are saved whole and do not blend.")
         config = self._covering_config(adapters)
         self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ValueError:  # ranks that add up to more than a layer takes
+            del self.peft_config[adapter_name]
+            raise
         for layer in self._difffit_layers():
             layer.blend(adapter_name, dict(zip(adapters, weights, strict=True)))
 
@@ -170,7 +174,7 @@ class DiffFitModel(BaseTuner):
 
         norms = {name for name, layer in layers.items() if is_norm(layer.get_base_layer())}
         tables = {name for name, layer in layers.items() if isinstance(layer, DiffFitEmbedding)}
-        deltas, gammas = having("difffit_delta"), having("difffit_gamma")
+        deltas, gammas, low_rank = having("difffit_delta"), having("difffit_gamma"), having("difffit_A")
         classes = [config.num_classes for name, config in zip(adapters, configs, strict=True)
                    if any(name in layers[table].difffit_delta for table in tables)]  # fmt: skip
         labels = [config.id2label for config in configs]
@@ -180,6 +184,8 @@ class DiffFitModel(BaseTuner):
             exclude_modules=None,
             gamma_modules=_exactly(gammas - norms),
             gamma_layers=None,
+            r=sum(config.r for config in configs) if low_rank else 0,
+            low_rank_modules=_exactly(low_rank),
             num_classes=max(classes) if classes and None not in classes else None,
             id2label=labels[0] if all(names == labels[0] for names in labels) else None,
             init_weights=True,
@@ -220,7 +226,7 @@ class DiffFitModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self._difffit_layers():
             names = set(self.active_adapters if adapter_names is None else adapter_names)
-            names &= {*layer.difffit_gamma, *layer.difffit_delta} - {*layer.merged_adapters}
+            names &= layer._get_available_adapters() - {*layer.merged_adapters}
             if names:
                 layer.check_merge(sorted(names), safe_merge)
 
@@ -337,8 +343,8 @@ def _check_file(config: DiffFitConfig, plan: _Plan, model: nn.Module) -> None:
     planned = {}
     for name, kinds in plan.items():
         module = model.get_submodule(name)
-        shape = parameter_shape(getattr(module, "get_base_layer", lambda m=module: m)(), config.num_classes)
-        planned |= {f"{name}.{prefix}{kind}": shape for kind, wanted in kinds.items() if wanted}
+        layer = getattr(module, "get_base_layer", lambda m=module: m)()
+        planned |= {f"{name}.{kind}": shape for kind, shape in parameter_shapes(layer, config, **kinds).items()}
     saved = tuple(f".{module}." for module in config.modules_to_save or ())
     found = {  # peft would write any other weights to the base
         name.removeprefix("base_model.model."): shape
@@ -397,14 +403,17 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     gammas = _gamma_layers(config, architecture, layers)
     if config.gamma_modules is None:  # the preset stays within the targets, as whoever names targets expects
         gammas &= targets
+    low_rank = _low_rank_layers(config, architecture, layers)
+    if config.low_rank_modules is None:
+        low_rank &= targets
 
     plan: _Plan = {}
     for name, layer in layers.items():
         target = name in targets
         gamma = name in gammas or (target and is_norm(layer))
         delta = target and getattr(layer, "bias", None) is not None
-        if (gamma or delta) and name not in excluded:
-            plan[name] = {"gamma": gamma, "delta": delta}
+        if (gamma or delta or name in low_rank) and name not in excluded:
+            plan[name] = {"gamma": gamma, "delta": delta, "low_rank": name in low_rank}
 
     if config.num_classes is not None and not table:
         raise ValueError(f"num_classes={config.num_classes}, but {type(model).__name__} has no class table.")
@@ -416,7 +425,7 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
                 "and the null class: at most that many can be adapted."
             )
         if (name in targets or config.num_classes is not None) and name not in excluded:
-            plan[name] = {"gamma": False, "delta": True}
+            plan[name] = {"delta": True}
     if not plan:
         raise ValueError(
             f"target_modules={config.target_modules}, exclude_modules={config.exclude_modules} and "
@@ -464,12 +473,7 @@ def _layers(model: nn.Module, architecture: Architecture) -> tuple[dict[str, nn.
 
 def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dict[str, nn.Module]) -> set[str]:
     """Names of the layers whose output gets γ: those of `gamma_modules`, and of the blocks in `gamma_layers`."""
-    prefix = f"{architecture.blocks}."
-    block_of = {
-        name: int(name.removeprefix(prefix).split(".")[0])
-        for name in layers
-        if architecture.blocks and name.startswith(prefix)
-    }
+    block_of = _blocks(architecture, layers)
     num_blocks = max(block_of.values(), default=-1) + 1
     if config.gamma_layers is None:
         half = num_blocks // 2 if config.gamma_modules is None and num_blocks > 1 else num_blocks
@@ -484,13 +488,8 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     if config.gamma_modules is not None:
         matching = _matching("gamma_modules", config.gamma_modules, layers)
     else:
-        endings = architecture.gamma_modules
-        matching = [
-            name
-            for name, layer in layers.items()
-            if (name in block_of or not block_of)
-            and (not is_norm(layer) if endings is None else name.endswith(tuple(f".{end}" for end in endings)))
-        ]
+        not_norms = {name: layer for name, layer in layers.items() if not is_norm(layer)}
+        matching = _preset(architecture.gamma_modules, not_norms, block_of)
     selected = {name for name in matching if block_of.get(name) in {None, *blocks}}
     if config.gamma_modules and config.gamma_layers and not selected:
         found = sorted({block_of[name] for name in matching})
@@ -499,6 +498,40 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
             f"gamma_layers={config.gamma_layers} lets γ onto {sorted(blocks)} alone."
         )
     return selected
+
+
+def _low_rank_layers(config: DiffFitConfig, architecture: Architecture, layers: dict[str, nn.Module]) -> set[str]:
+    """Names of the layers that get a change of rank `config.r`."""
+    if not config.r:
+        return set()
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    if config.low_rank_modules is None:
+        selected = _preset(architecture.low_rank_modules, linear, _blocks(architecture, layers))
+    else:
+        selected = _matching("low_rank_modules", config.low_rank_modules, layers)
+    for name in selected:
+        if name not in linear:
+            raise ValueError(
+                f"low_rank_modules: {name} is of type {type(layers[name]).__name__}, but a change of low rank goes on "
+                "linear layers alone."
+            )
+        side = min(linear[name].in_features, linear[name].out_features)
+        if config.r > side:
+            raise ValueError(f"r={short(config.r)}: the rank of {name} is at most {side}. Use a lower r.")
+    return set(selected)
+
+
+def _blocks(architecture: Architecture, names: Iterable[str]) -> dict[str, int]:
+    """The index of the block that each layer lies in; without the layers that lie in none."""
+    prefix = f"{architecture.blocks}."
+    inside = [name for name in names if architecture.blocks and name.startswith(prefix)]
+    return {name: int(name.removeprefix(prefix).split(".")[0]) for name in inside}
+
+
+def _preset(endings: tuple[str, ...] | None, names: Iterable[str], block_of: dict[str, int]) -> list[str]:
+    """Those of `names` that lie in a block, if there are any, and have one of the endings."""
+    inside = [name for name in names if name in block_of or not block_of]
+    return [name for name in inside if endings is None or name.endswith(tuple(f".{end}" for end in endings))]
 
 
 def _matching(field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True) -> list[str]:

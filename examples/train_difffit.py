@@ -111,6 +111,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--gamma_modules", nargs="*", help="endings of the layers that get γ; nothing after it: none, which is BitFit"
     )
     difffit.add_argument("--gamma_layers", nargs="*", type=int, help="blocks that get γ; default: the first half")
+    difffit.add_argument(
+        "--r",
+        type=int,
+        default=0,
+        help="rank of a change of the weights, which the paper does not have; 1, and --gamma_modules with nothing "
+        "after it, trains about as many parameters as the default",
+    )
 
     train = parser.add_argument_group("training")
     train.add_argument("--seed", type=int, default=0)
@@ -273,6 +280,7 @@ def main(args: argparse.Namespace) -> Result:
         init_class_rows="base" if same_classes else "null",
         gamma_modules=args.gamma_modules,
         gamma_layers=args.gamma_layers,
+        r=args.r,
         sample_size=sample_size,
     )
     base = fingerprint(pipe.transformer)
@@ -330,6 +338,7 @@ def main(args: argparse.Namespace) -> Result:
         "processes": accelerator.num_processes,
         "gamma_modules": args.gamma_modules,
         "gamma_layers": args.gamma_layers,
+        "r": args.r,
         "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
     } | {name: getattr(args, name) for name in SETTINGS}
     history: dict[str, list] = {"training": [], "validation": [], "grids": []}

@@ -1,6 +1,7 @@
 """DiffFit on a DiT written out in plain torch from the papers, with nothing of PEFT or Diffusers in it.
 
-Peebles & Xie 2023 (DiT with adaLN-Zero) with, on every layer, y = γ ⊙ (W x + b + δ) of Xie et al. 2023.
+Peebles & Xie 2023 (DiT with adaLN-Zero) with, on every layer, y = γ ⊙ (W x + b + δ) of Xie et al. 2023, and
+B A x added to W x where an adapter has A and B (Hu et al. 2021).
 """
 
 import math
@@ -14,6 +15,8 @@ Tensors = dict[str, Tensor]
 
 def layer(x: Tensor, name: str, base: Tensors, adapter: Tensors) -> Tensor:
     y = x @ base[f"{name}.weight"].flatten(1).T + base[f"{name}.bias"]
+    if f"{name}.A" in adapter:
+        y = y + x @ (adapter[f"{name}.B"] @ adapter[f"{name}.A"]).T
     y = y + adapter.get(f"{name}.delta", 0)
     return adapter.get(f"{name}.gamma", 1) * y
 

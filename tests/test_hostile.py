@@ -39,6 +39,8 @@ FIELDS = {
     "exclude_modules": [r"(?:.|.)*(?:!|\?)", *ENDLESS[6:], "[", 3, {"a": 1}, [""], [3], ["to_q"] * 5_000],
     "gamma_modules": PATTERNS,
     "gamma_layers": [[-1], [10**9], [1.5], ["0"], [True], [[0]], "0", {"0": 0}, list(range(5_000)), 3],
+    "r": NUMBERS + [0, 2, 17],
+    "low_rank_modules": PATTERNS,
     "num_classes": NUMBERS,
     "id2label": [
         *({}, [], "fox", 3, {"x": "fox"}, {"-1": "fox"}, {"0": "fox", "2": "owl"}, {"0": 1}, {"0": None}),
@@ -197,8 +199,8 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    """An adapter that loads, with γ and class rows."""
-    model = get_peft_model(make_dit(), DiffFitConfig(id2label={0: "fox", 1: "owl"}))
+    """An adapter that loads, with γ, a change of rank 1, and class rows."""
+    model = get_peft_model(make_dit(), DiffFitConfig(id2label={0: "fox", 1: "owl"}, r=1))
     randomise(model)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder, save_embedding_layers=False)

@@ -50,6 +50,13 @@ def test_difffit_trains_the_papers_budget():
     assert trained(model) <= 830_000
 
 
+def test_rank_1_in_the_place_of_gamma_keeps_to_the_papers_budget():
+    config = DiffFitConfig(num_classes=101, gamma_modules=[], exclude_modules=["to_k"], r=1)
+    model = get_peft_model(dit_xl_2(), config)
+    assert trained(model) == 607_136 - 28 * 1152 + 28 * ((1 + 1) + (4 + 1)) * 1152  # out and the second of feed-forward
+    assert trained(model) <= 830_000
+
+
 def test_saved_adapter_of_dit_xl_2_is_small(tmp_path):
     model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101))
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -70,7 +77,8 @@ def test_no_embedder_is_counted_twice(dit, config):
 # Identity
 
 
-def test_identity_at_initialisation(dit, inputs):
+@pytest.mark.parametrize("config", [{}, {"r": 1}])
+def test_identity_at_initialisation(dit, inputs, config):
     expected = outputs(dit, inputs)
     assert torch.equal(outputs(get_peft_model(dit, DiffFitConfig()), inputs), expected)
 
@@ -112,11 +120,16 @@ def test_disabled_is_the_base_after_training(dit, inputs):
 # Gradients
 
 
-def test_gradients_equal_those_of_plain_torch(dit, inputs):
+@pytest.mark.parametrize(
+    ("config", "kinds"),
+    [({}, {"gamma", "delta", "rows"}), ({"r": 2}, {"gamma", "delta", "rows", "A", "B"})],
+    ids=["the paper's", "low rank"],
+)
+def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
     inputs["class_labels"] = torch.tensor([0, 2, NULL, 7, 2])
     base = {name: tensor.double() for name, tensor in dit.state_dict().items()}
     positions = dit.pos_embed.pos_embed.double()
-    model = get_peft_model(dit, DiffFitConfig(num_classes=3)).double()
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3, **config)).double()
     randomise(model)
     target = torch.randn(5, 8, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(3))
 
@@ -129,7 +142,7 @@ def test_gradients_equal_those_of_plain_torch(dit, inputs):
         name = "rows" if layer.endswith("embedding_table") else f"{layer}.{kind}"
         ours[name] = parameter
         adapter[name] = parameter.detach().clone().requires_grad_()
-    assert {name.rsplit(".", 1)[-1] for name in adapter} == {"gamma", "delta", "rows"}
+    assert {name.rsplit(".", 1)[-1] for name in adapter} == kinds
 
     x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
     output = model(x, timestep=t, class_labels=labels).sample
@@ -182,9 +195,10 @@ def test_labels_are_dropped_once_per_sample(dit):
 # Merging
 
 
-def test_merge_equals_forward(dit, inputs):
+@pytest.mark.parametrize("config", [{}, {"r": 1}])
+def test_merge_equals_forward(dit, inputs, config):
     keys = list(dit.state_dict())
-    model = get_peft_model(dit, DiffFitConfig(num_classes=3))
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3, **config))
     randomise(model)
     layer = model.base_model.model.transformer_blocks[0].attn1.to_q
     layer.difffit_gamma["default"].data[:3] = torch.tensor([0.0, -1.0, 2.0])
@@ -200,7 +214,7 @@ def test_merge_equals_forward(dit, inputs):
 def test_unmerging_gives_the_base_back(dit, dtype):
     dit = dit.to(dtype)
     before = {name: p.clone() for name, p in dit.state_dict().items()}
-    model = get_peft_model(dit, DiffFitConfig())
+    model = get_peft_model(dit, DiffFitConfig(r=1))
     randomise(model)
     for module in model.modules():
         if isinstance(module, DiffFitLayer) and "default" in module.difffit_gamma:
@@ -270,7 +284,7 @@ def test_every_kind_of_layer_follows_the_formula(base, x):
 
 
 def test_a_bf16_base_trains_and_keeps_its_dtype(dit, inputs):
-    model = get_peft_model(dit.to(torch.bfloat16), DiffFitConfig())
+    model = get_peft_model(dit.to(torch.bfloat16), DiffFitConfig(r=1))
     inputs["hidden_states"] = inputs["hidden_states"].to(torch.bfloat16)
     weights = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in weights} == {torch.float32} and model.dtype == torch.bfloat16

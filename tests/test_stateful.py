@@ -1,6 +1,6 @@
 """Random sequences of verbs on two adapters and more, against the formula in plain torch.
 
-    γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i
+    γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i        B A = Σ s_i B_i A_i
 
 over the adapters that count in a layer: those merged into it, or else the active ones. After every step, refused or
 not, the model computes that, and the base's own parameters are the same to the last bit unless something is merged.
@@ -15,12 +15,22 @@ import torch
 from conftest import make_dit
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 from peft import get_peft_model
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 
 SEQUENCES, STEPS = 500, 12
+MAX_RANK = 8  # the smaller side of the layers below that get A and B
 DIMENSIONS = {"attention_head_dim": 4, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": 6}
 CONFIGS = [
     {},
@@ -29,6 +39,8 @@ CONFIGS = [
     {"gamma_modules": ["attn1.to_q", "ff.net.2"], "gamma_layers": [1], "num_classes": 4},
     {"target_modules": ["attn1.to_v", "proj_out_2"]},
     {"target_modules": [], "gamma_modules": ["attn1.to_k", "proj_out_1"]},
+    {"r": 1, "num_classes": 3},
+    {"r": 2, "gamma_modules": [], "low_rank_modules": ["norm1.linear", "attn1.to_out.0", "proj_out_2"]},
 ]
 configs, seeds = st.sampled_from(CONFIGS), st.integers(0, 1000)
 strengths = st.sampled_from([-1.5, 0.0, 0.3, 1.0, 2.0])
@@ -89,6 +101,12 @@ class Verbs(RuleBasedStateMachine):
                         rows = adapter.setdefault("rows", torch.zeros(7, value.shape[1]))
                         rows[: len(value) - 1] += s * value[:-1]
                         rows[-1] += s * value[-1]
+                    elif kind == "A":  # B A = Σ s_i B_i A_i, written as B = Σ s_i B_i A_i and A = 1
+                        change = s * self.values[name][layer]["B"] @ value
+                        adapter[f"{layer}.B"] = adapter.get(f"{layer}.B", 0) + change
+                        adapter[f"{layer}.A"] = torch.eye(value.shape[1])
+                    elif kind == "B":
+                        continue
                     elif kind == "gamma":
                         adapter[f"{layer}.gamma"] = adapter.get(f"{layer}.gamma", 1) * (1 + s * (value - 1))
                     else:
@@ -168,6 +186,11 @@ class Verbs(RuleBasedStateMachine):
     def add_weighted(self, names, data):
         weights = data.draw(st.lists(strengths, min_size=len(names), max_size=len(names)))
         name, self.count = f"a{self.count}", self.count + 1
+        has_low_rank = any("A" in kinds for n in names for kinds in self.values[n].values())
+        if has_low_rank and sum(self.model.peft_config[n].r for n in names) > MAX_RANK:
+            with pytest.raises(ValueError, match="Use a lower r"):
+                self.model.add_weighted_adapter(names, weights, name)
+            return multiple()
         self.model.add_weighted_adapter(names, weights, name)
         self.merged = []
         kept, self.strength = self.strength, dict(zip(names, weights, strict=True))

@@ -1,5 +1,7 @@
 """The verbs of PEFT that go beyond one adapter: blended, swapped, injected, mixed with other methods, trained on."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import make_dit, make_inputs
@@ -67,7 +69,11 @@ def test_32_samples_with_32_adapters_equal_32_forwards(dit):
 # add_weighted_adapter
 
 
-@pytest.mark.parametrize("other", [{"num_classes": 3}, {"num_classes": 5, "gamma_layers": [3]}, {"gamma_modules": []}])
+@pytest.mark.parametrize(
+    "other",
+    [{"num_classes": 3}, {"num_classes": 5, "gamma_layers": [3]}, {"gamma_modules": []}, {"r": 2}],
+    ids=str,
+)
 def test_a_blend_is_an_adapter_of_its_own(dit, inputs, other, tmp_path):
     model = get_peft_model(dit, DiffFitConfig(num_classes=3), adapter_name="a")
     model.add_adapter("b", DiffFitConfig(**other))
@@ -101,26 +107,41 @@ def test_a_blend_has_the_labels_its_adapters_agree_on(dit):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["a", "x"], [1, 1], "new"), "adapters=['a', 'x']: must be names of ['a', 'b']"),
+        ((["a", "x"], [1, 1], "new"), "adapters=['a', 'x']: must be names of ['a', 'b', 'c']"),
         ((["a", "a"], [1, 1], "new"), "each at most once"),
         (([], [], "new"), "adapters=[]: must be names"),
         ((["a"], [1, 2], "new"), "must be one finite number for each of the 1 adapters"),
         ((["a"], [float("inf")], "new"), "must be one finite number"),
         ((["a"], [1], "b"), "There is an adapter 'b' already"),
         ((["b"], [1], "new"), "'b' has modules_to_save"),
+        ((["a", "c"], [1, 1], "new"), "r=24: the rank of transformer_blocks.0.attn1.to_out.0 is at most 16"),
         ((["a"], [1], "v1.0"), "adapter_name='v1.0': PyTorch allows no dot in it"),
     ],
 )
 def test_blends_that_are_refused(dit, arguments, message):
     model = get_peft_model(dit, DiffFitConfig(modules_to_save=["proj_out_2"]), adapter_name="b")
-    model.add_adapter("a", DiffFitConfig())
+    model.add_adapter("a", DiffFitConfig(r=12))
+    model.add_adapter("c", DiffFitConfig(r=12))
     with pytest.raises(ValueError) as error:
         model.add_weighted_adapter(*arguments)
     assert message in str(error.value)
-    assert list(model.peft_config) == ["b", "a"]
+    assert list(model.peft_config) == ["b", "a", "c"]
 
 
 # Hot-swapping
+
+
+@pytest.mark.parametrize("ranks", [(1, 0), (2, 1)])
+def test_adapters_of_other_ranks_in_one_batch(dit, inputs, ranks):
+    model = get_peft_model(dit, DiffFitConfig(r=ranks[0], low_rank_modules=["norm1.linear", "to_q"]), "a").eval()
+    model.add_adapter("b", DiffFitConfig(r=ranks[1]))
+    spread(model, "a", 1), spread(model, "b", 2)
+    names = ["b", "a", "__base__", "a", "b"]
+    mixed = outputs(model, inputs | {"adapter_names": names})
+    for i, name in enumerate(names):
+        model.set_adapter("a" if name == "__base__" else name)
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            torch.testing.assert_close(mixed[i], outputs(model, inputs)[i], **CLOSE)
 
 
 def test_hotswap_is_the_other_adapter_in_the_same_tensors(saved, inputs):

@@ -33,7 +33,7 @@ def train(model, inputs, steps: int = 8) -> list[float]:
 
 def test_nothing_is_compiled_anew(tmp_path, inputs):
     for name in ("a", "b"):
-        other = get_peft_model(make_dit(), DiffFitConfig(num_classes=3))
+        other = get_peft_model(make_dit(), DiffFitConfig(num_classes=3, r=1))
         randomise(other)
         other.base_model.model.proj_out_1.difffit_delta["default"].data += name == "b"
         other.save_pretrained(tmp_path / name, save_embedding_layers=False)
@@ -94,7 +94,7 @@ def quantised(name: str, folder) -> DiTTransformer2DModel:
 
 @pytest.mark.parametrize("name", ["torchao int8", "quanto int8", "quanto int4", "bitsandbytes int8"])
 def test_a_quantised_base_trains_saves_loads_and_is_not_merged_into(name, tmp_path, inputs):
-    model = get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig(num_classes=3))
+    model = get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig(num_classes=3, r=1))
     kinds = {type(m.get_base_layer().weight.data) for n, m in model.named_modules() if n.endswith("attn1.to_q")}
     dtypes = {m.get_base_layer().weight.dtype for n, m in model.named_modules() if n.endswith("attn1.to_q")}
     assert kinds != {torch.Tensor} or dtypes == {torch.int8}  # it is quantised

@@ -34,6 +34,7 @@ FIRST_HALF = [0, 1, 2, 3]
 RATES = {
     "full": (1e-4, 3e-4, 1e-3),
     "DiffFit": (3e-3, 1e-2, 3e-2),
+    "DiffFit r=1": (3e-3, 1e-2, 3e-2),
     "BitFit": (3e-3, 1e-2, 3e-2),
     "LoRA r=2": (1e-3, 3e-3, 1e-2),
     "LoRA r=8": (1e-3, 3e-3, 1e-2),
@@ -43,9 +44,14 @@ RATES = {
 }
 
 # DiffFit's and BitFit's configs, and those of the ablation; "DiffFit" has γ on LAYERS of the first half.
+OF_TABLE = ("DiffFit", "BitFit", "DiffFit r=1")
 CONFIGS = {
     "DiffFit": {},
     "BitFit": {"gamma_modules": []},
+    "DiffFit r=1": methods.RANK_1,
+    "r=4": methods.RANK_1 | {"r": 4},
+    "r=16": methods.RANK_1 | {"r": 16},
+    "r=1 beside γ": {"r": 1},
     "γ on adaLN, all blocks": {"gamma_modules": ["norm1.linear"]},
     "γ in all blocks": {"gamma_modules": LAYERS},
     "γ on attention": {"gamma_modules": ATTENTION, "gamma_layers": FIRST_HALF},
@@ -70,11 +76,11 @@ LONG = Form(
     num_images=200,
     judge_steps=800,
     num_judged=1706,
-    variants=tuple(CONFIGS)[2:],
+    variants=tuple(name for name in CONFIGS if name not in OF_TABLE),
     factors=(10**0.5, 10**-0.5, 10.0, 0.1),
 )
 SHORT = Form(
-    rates={method: RATES[method] for method in ("full", "LoRA r=8", "DiffFit")},
+    rates={method: RATES[method] for method in ("full", "LoRA r=8", "DiffFit", "DiffFit r=1")},
     domains=("twemoji",),
     seeds=(0,),
     steps=30,
@@ -90,7 +96,8 @@ def attach(method: str, model: DiTTransformer2DModel) -> nn.Module:
     """The model to train. The domains have the base's own classes, so the rows of DiffFit and BitFit start from its."""
     if method in CONFIGS:
         config = CONFIGS[method]
-        rows = {} if "exclude_modules" in config else {"num_classes": adaptation.NUM_CLASSES, "init_class_rows": "base"}
+        frozen = "embedding_table" in config.get("exclude_modules", [])
+        rows = {} if frozen else {"num_classes": adaptation.NUM_CLASSES, "init_class_rows": "base"}
         return get_peft_model(model, DiffFitConfig(**config, **rows))
     if method == "LoRA r=2":  # of twice as many parameters as DiffFit at most, in a DiT-XL/2 too
         conditioning.share(model)
@@ -102,13 +109,13 @@ def ablation_table(study: Study, rows: dict[str, Rows]) -> str | None:
     """One run of each variant in each domain, with the first seed; `None` if there is none."""
     variants: dict[str, dict[str, dict]] = {}
     for domain, made in rows.items():
-        for name in ("DiffFit", "BitFit"):
+        for name in OF_TABLE:
             if name in made:
                 variants.setdefault(name, {})[domain] = made[name][0][1]
         for name, run in study.variants(domain):
             if result := study.bench.stored(run):
                 variants.setdefault(name, {})[domain] = result
-    if not set(variants) - {"DiffFit", "BitFit"}:
+    if not set(variants) - {*OF_TABLE}:
         return None
     keys = ("loss", "fid")
     lines = []
@@ -125,18 +132,16 @@ def frechet_targets(domain: str, rows: Rows) -> list[dict]:
         for name, made in rows.items()
         if not any("diverged" in r for _, r in made)
     }
-    limit = 2 * rows["DiffFit"][0][1]["parameters"] if "DiffFit" in distance else 0
-    small = {n: d for n, d in distance.items() if n not in ("base", "DiffFit") and rows[n][0][1]["parameters"] <= limit}
-    best = min(small, key=small.__getitem__, default=None)
-
-    def share(other: str | None) -> float | None:
-        return distance["DiffFit"] / distance[other] if {"DiffFit", other} <= set(distance) else None
-
-    what = f"Fréchet distance, {domain}: DiffFit ÷"
-    return [
-        target(f"{what} full", "≤", 1, share("full")),
-        target(f"{what} the best method of at most twice its parameters ({best})", "≤", 1, share(best)),
-    ]
+    targets = []
+    for name in ("DiffFit", "DiffFit r=1"):
+        limit = 2 * rows[name][0][1]["parameters"] if name in distance else 0
+        others = [n for n in distance if n != "base" and not n.startswith("DiffFit")]
+        small = [n for n in others if rows[n][0][1]["parameters"] <= limit]
+        best = min(small, key=distance.__getitem__, default=None)
+        for other, called in (("full", "full"), (best, f"the best method of at most twice its parameters ({best})")):
+            share = distance[name] / distance[other] if {name, other} <= set(distance) else None
+            targets.append(target(f"Fréchet distance, {domain}: {name} ÷ {called}", "≤", 1, share))
+    return targets
 
 
 def report(study: Study, folder: Path) -> None:
@@ -157,7 +162,7 @@ def report(study: Study, folder: Path) -> None:
     ]
     parts += [f"### {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
     if ablation := ablation_table(study, rows):
-        where = "γ is in the first 4 of 8 blocks where a row does not say otherwise"
+        where = "γ is in the first 4 of 8 blocks where a row does not say otherwise; there is none with r=4 and r=16"
         parts.append(f"### Ablation\n\nSeed {form.seeds[0]}; {where}.\n\n{ablation}")
     results = {
         domain: {
