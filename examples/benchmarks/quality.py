@@ -49,6 +49,8 @@ CONFIGS = {
     "DiffFit": {},
     "BitFit": {"gamma_modules": []},
     "DiffFit r=1": methods.RANK_1,
+    "class rows frozen": {"exclude_modules": ["embedding_table"]},
+    "r=1, class rows frozen": methods.RANK_1 | {"exclude_modules": ["to_k", "embedding_table"]},
     "r=4": methods.RANK_1 | {"r": 4},
     "r=16": methods.RANK_1 | {"r": 16},
     "r=1 beside γ": {"r": 1},
@@ -57,7 +59,6 @@ CONFIGS = {
     "γ on attention": {"gamma_modules": ATTENTION, "gamma_layers": FIRST_HALF},
     "γ on feed-forward": {"gamma_modules": FEED_FORWARD, "gamma_layers": FIRST_HALF},
     "γ in the last 4 blocks": {"gamma_modules": LAYERS, "gamma_layers": [4, 5, 6, 7]},
-    "class rows frozen": {"exclude_modules": ["embedding_table"]},
     "γ on v": {"gamma_modules": ["attn1.to_v"], "gamma_layers": FIRST_HALF},
     "γ on out": {"gamma_modules": ["attn1.to_out.0"], "gamma_layers": FIRST_HALF},
     "γ on q": {"gamma_modules": ["attn1.to_q"], "gamma_layers": FIRST_HALF},
@@ -162,7 +163,7 @@ def report(study: Study, folder: Path) -> None:
     ]
     parts += [f"### {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
     if ablation := ablation_table(study, rows):
-        where = "γ is in the first 4 of 8 blocks where a row does not say otherwise; there is none with r=4 and r=16"
+        where = "γ is in the first 4 of 8 blocks where a row does not say otherwise; there is none with r, but beside γ"
         parts.append(f"### Ablation\n\nSeed {form.seeds[0]}; {where}.\n\n{ablation}")
     results = {
         domain: {
