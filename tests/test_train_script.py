@@ -130,13 +130,14 @@ def test_starts_from_the_bases_rows_when_the_labels_agree(script, workdir, capsy
     pipe = DiTPipeline.from_pretrained(workdir / "base")
     pipe.register_to_config(id2label={0: "ant", 1: "bee, honeybee", 2: "cow", 3: "dog"})
     pipe.save_pretrained(workdir / "labelled")
-    flags = ("--num_validation_images", "0", "--max_train_steps", "1", "--gamma_modules")
+    flags = ("--num_validation_images", "0", "--max_train_steps", "1", "--r", "1", "--gamma_modules")
     result = run(script, workdir, "same", *flags, base="labelled")
     config = PeftModel.from_pretrained(pipe.transformer, result.output_dir).peft_config["default"]
     assert config.init_class_rows == "base"
     assert "base's own rows" in capsys.readouterr().out
     assert config.gamma_modules == []
-    assert not any("gamma" in name for name in load_file(result.output_dir / "adapter_model.safetensors"))
+    names = load_file(result.output_dir / "adapter_model.safetensors").keys()
+    assert not any("gamma" in name for name in names) and any("difffit_B" in name for name in names)
 
 
 def test_accumulated_steps_bf16_and_no_average(script, workdir):
@@ -210,6 +211,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
         (["--learning_rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
         (["--no-random_flip"], "data was "),
         (["--gamma_modules", "attn1.to_q"], "gamma_modules was None and is"),
+        (["--r", "1"], "r was 0 and is 1"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
     ],
 )

@@ -42,7 +42,7 @@ from difffit_peft.training.losses import diffusion_loss
 PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
-OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "floor"]
+OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit r=1", "floor"]
 ALL = [name for name in (*METHODS, "floor") if name != "LN tuning"]  # which has nothing to train in a DiT
 
 Steps = list[list[float]]  # seconds of each phase, step by step
