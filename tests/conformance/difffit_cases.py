@@ -26,6 +26,8 @@ TEST_CASES = [
     _case("Vanilla MLP 7 no γ", "MLP", target_modules=["lin0", "lin1"], gamma_modules=[]),
     _case("Vanilla MLP 8 γ alone", "MLP", target_modules=[], gamma_modules=["lin0"]),
     _case("Vanilla MLP 9 preset", "MLP"),
+    _case("Vanilla MLP 10 rank 2", "MLP", target_modules=["lin0"], r=2, low_rank_modules=["lin0", "lin1"]),
+    _case("Vanilla MLP 11 rank 1, preset, no γ", "MLP", gamma_modules=[], r=1),
     _case("LayerNorm 1", "MLP_LayerNorm", target_modules="layernorm0"),
     _case("LayerNorm 2", "MLP_LayerNorm", target_modules=["layernorm0", "layernorm1"]),
     _case("LayerNorm 3", "MLP_LayerNorm", target_modules=["layernorm0"], modules_to_save=["layernorm1"]),

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LEAST_PASSED = 1200  # the suite cannot pass by running nothing
+LEAST_PASSED = 1300  # the suite cannot pass by running nothing
 
 # In each file, what replaces the names on the left, put in before this line (where they are complete, or imported).
 REPLACEMENTS = {
