@@ -26,9 +26,9 @@ _MATCHING_SECONDS = 0.2
 class DiffFitConfig(PeftConfig):
     """Configuration of DiffFit (Xie et al., ICCV 2023, arXiv 2304.06648).
 
-    `DiffFitConfig()` trains every bias, every affine norm, the class embedding and, on the attention and feed-forward
-    layers of the first half of the blocks, the scale factors γ. `DiffFitConfig(gamma_modules=[])` is BitFit with the
-    class embedding.
+    `DiffFitConfig()` trains every bias, every affine norm, the class embedding and, on the shifts, scales and gates
+    that adaLN computes in every block, the scale factors γ. `DiffFitConfig(gamma_modules=[])` is BitFit with the class
+    embedding.
 
     Not the paper's, and off by default: `r` adds a change of low rank. `DiffFitConfig(gamma_modules=[], r=1,
     exclude_modules=["to_k"])` puts one of rank 1 where γ would be, at about the same number of parameters; what that is
@@ -41,8 +41,7 @@ class DiffFitConfig(PeftConfig):
         exclude_modules: layers left alone, named in the same two ways.
         gamma_modules: layers whose output is multiplied by γ, named in the same two ways. `None`: the preset of the
             architecture. `[]`: none.
-        gamma_layers: indices of the blocks whose layers may get γ. `None`: all blocks for `gamma_modules`, and the
-            first half of them for the preset.
+        gamma_layers: indices of the blocks whose layers may get γ. `None`: all blocks.
         r: rank of a change B A of the weight, y = γ ⊙ (W x + B A x + b + δ), as LoRA's with alpha = r. 0: none.
         low_rank_modules: linear layers that get it, named in the same two ways. `None`: the preset of the architecture,
             in a DiT the output layers of attention and feed-forward, in all blocks.
@@ -68,7 +67,7 @@ class DiffFitConfig(PeftConfig):
         default=None, metadata={"help": "Layers whose output gets γ. None: the architecture's preset. []: none."}
     )
     gamma_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: all; the preset: half."}
+        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: all."}
     )
     r: int = field(default=0, metadata={"help": "Rank of a change of the weight, as LoRA's. 0: none, as in the paper."})
     low_rank_modules: list[str] | str | None = field(

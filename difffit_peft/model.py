@@ -475,16 +475,12 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     """Names of the layers whose output gets γ: those of `gamma_modules`, and of the blocks in `gamma_layers`."""
     block_of = _blocks(architecture, layers)
     num_blocks = max(block_of.values(), default=-1) + 1
-    if config.gamma_layers is None:
-        half = num_blocks // 2 if config.gamma_modules is None and num_blocks > 1 else num_blocks
-        blocks = set(range(half))
-    else:
-        blocks = set(config.gamma_layers)
-        if blocks - set(range(num_blocks)):
-            raise ValueError(
-                f"gamma_layers={config.gamma_layers}: this model has {num_blocks} blocks"
-                + (f", so indices go from 0 to {num_blocks - 1}." if num_blocks else ": leave gamma_layers out.")
-            )
+    blocks = set(range(num_blocks)) if config.gamma_layers is None else set(config.gamma_layers)
+    if blocks - set(range(num_blocks)):
+        raise ValueError(
+            f"gamma_layers={config.gamma_layers}: this model has {num_blocks} blocks"
+            + (f", so indices go from 0 to {num_blocks - 1}." if num_blocks else ": leave gamma_layers out.")
+        )
     if config.gamma_modules is not None:
         matching = _matching("gamma_modules", config.gamma_modules, layers)
     else:

@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     difffit.add_argument(
         "--gamma_modules", nargs="*", help="endings of the layers that get γ; nothing after it: none, which is BitFit"
     )
-    difffit.add_argument("--gamma_layers", nargs="*", type=int, help="blocks that get γ; default: the first half")
+    difffit.add_argument("--gamma_layers", nargs="*", type=int, help="blocks that get γ; default: all")
     difffit.add_argument(
         "--r",
         type=int,

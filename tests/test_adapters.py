@@ -400,7 +400,7 @@ def test_strength(three_adapters, inputs):
     model.set_scale("b", 1.5)
     model.base_model.set_adapter(["a", "b"])
     blended = outputs(model, inputs)
-    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
+    layer = model.base_model.model.transformer_blocks[0].norm1.linear
     gamma = (1 - 0.5 * (layer.difffit_gamma["a"] - 1)) * (1 + 1.5 * (layer.difffit_gamma["b"] - 1))
     delta = -0.5 * layer.difffit_delta["a"] + 1.5 * layer.difffit_delta["b"]
     x = torch.randn(2, 16)

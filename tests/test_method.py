@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from difffit_peft import DiffFitConfig, DiffFitLayer
 
 
+EVERYWHERE = {"gamma_modules": ".*"}
+
+
 def dit_xl_2() -> DiTTransformer2DModel:
     with torch.device("meta"):
         return DiTTransformer2DModel(
@@ -46,7 +49,7 @@ def test_bitfit_trains_the_papers_count():
 
 def test_difffit_trains_the_papers_budget():
     model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101))
-    assert trained(model) == 607_136 + 14 * (4 + 4 + 1) * 1152  # γ on q, k, v, out and both feed-forward layers
+    assert trained(model) == 607_136 + 28 * 6 * 1152  # γ on shift, scale and gate, of attention and of feed-forward
     assert trained(model) <= 830_000
 
 
@@ -122,8 +125,12 @@ def test_disabled_is_the_base_after_training(dit, inputs):
 
 @pytest.mark.parametrize(
     ("config", "kinds"),
-    [({}, {"gamma", "delta", "rows"}), ({"r": 2}, {"gamma", "delta", "rows", "A", "B"})],
-    ids=["the paper's", "low rank"],
+    [
+        ({}, {"gamma", "delta", "rows"}),
+        (EVERYWHERE, {"gamma", "delta", "rows"}),
+        ({"r": 2}, {"gamma", "delta", "rows", "A", "B"}),
+    ],
+    ids=["preset", "γ everywhere", "low rank"],
 )
 def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
     inputs["class_labels"] = torch.tensor([0, 2, NULL, 7, 2])
@@ -195,12 +202,12 @@ def test_labels_are_dropped_once_per_sample(dit):
 # Merging
 
 
-@pytest.mark.parametrize("config", [{}, {"r": 1}])
+@pytest.mark.parametrize("config", [{}, EVERYWHERE, {"r": 1}], ids=["preset", "γ everywhere", "low rank"])
 def test_merge_equals_forward(dit, inputs, config):
     keys = list(dit.state_dict())
     model = get_peft_model(dit, DiffFitConfig(num_classes=3, **config))
     randomise(model)
-    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
+    layer = model.base_model.model.transformer_blocks[0].norm1.linear
     layer.difffit_gamma["default"].data[:3] = torch.tensor([0.0, -1.0, 2.0])
     expected = outputs(model, inputs)
     merged = model.merge_and_unload()
@@ -214,7 +221,7 @@ def test_merge_equals_forward(dit, inputs, config):
 def test_unmerging_gives_the_base_back(dit, dtype):
     dit = dit.to(dtype)
     before = {name: p.clone() for name, p in dit.state_dict().items()}
-    model = get_peft_model(dit, DiffFitConfig(r=1))
+    model = get_peft_model(dit, DiffFitConfig(r=1, **EVERYWHERE))
     randomise(model)
     for module in model.modules():
         if isinstance(module, DiffFitLayer) and "default" in module.difffit_gamma:

@@ -244,7 +244,7 @@ def test_status(saved):
 def mixed_dit(first: str) -> torch.nn.Module:
     configs = {
         "lora": LoraConfig(target_modules=["to_q", "ff.net.2"], init_lora_weights=False),
-        "difffit": DiffFitConfig(num_classes=3),
+        "difffit": DiffFitConfig(num_classes=3, gamma_modules=".*"),
     }
     torch.manual_seed(5)
     model = get_peft_model(make_dit(), configs[first], adapter_name=first, mixed=True)
