@@ -36,9 +36,9 @@ LONG = Form(
         "DiffFit" + NOT_RESCALED: (3e-3, 1e-2, 3e-2),
     },
     domains=("openmoji",),
-    seeds=(0, 1),
+    seeds=(0,),
     steps=100,
-    sweep_steps=30,
+    sweep_steps=20,
     extensions=1,
     num_images=100,
     judge_steps=200,
@@ -109,4 +109,4 @@ def report(study: Study, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute(__doc__, LONG, SHORT, attach, report, threads=2)
+    execute(__doc__, LONG, SHORT, attach, report, threads=1)
