@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 
-
 EVERYWHERE = {"gamma_modules": ".*"}
 
 
