@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -186,19 +187,22 @@ def plot(study: Study, rows: dict[str, Rows]) -> Figure:
     axes = figure.subplots(3, len(rows), squeeze=False, height_ratios=[2, 2, 3]).T
     for (domain, made), (bars, lines, pictures) in zip(rows.items(), axes, strict=True):
         made = {name: pairs for name, pairs in made.items() if not any("diverged" in r for _, r in pairs)}
+        made = {textwrap.fill(name, 24): pairs for name, pairs in made.items()}
         for name, pairs in made.items():
             distances = [r["fid"] for _, r in pairs]
             bars.barh(name, statistics.fmean(distances), color="tab:red" if name == "DiffFit" else "tab:blue")
             bars.plot(distances, [name] * len(distances), "k.", markersize=5)
         bars.invert_yaxis()
-        bars.set(title=f"{domain}: Fréchet distance, and that of each seed", xlim=0)
-        for name in made:
-            losses = name != "base" and study.form.sweep_steps and study.sweep(domain, name, make=False)
+        bars.set(title=f"{domain}: Fréchet distance; dots: each seed", xlim=0)
+        for name, pairs in made.items():
+            losses = name != "base" and study.form.sweep_steps and study.sweep(domain, pairs[0][0].method, make=False)
             if losses:
                 points = sorted((rate, loss) for rate, loss in losses.items())
                 lines.plot(*zip(*points, strict=True), ".-", label=name, linewidth=3 if name == "DiffFit" else 1)
         lines.set(xscale="log", xlabel="learning rate", ylabel="loss", title=f"after {study.form.sweep_steps} steps")
         if lines.lines:
+            lowest = min(min(line.get_ydata()) for line in lines.lines)
+            lines.set(ylim=(0.98 * lowest, 1.5 * lowest))  # a diverging run is not to flatten the others
             lines.legend(fontsize=7)
         strips = {}
         for name, pairs in made.items():
