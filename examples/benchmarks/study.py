@@ -201,8 +201,8 @@ def plot(study: Study, rows: dict[str, Rows]) -> Figure:
                 lines.plot(*zip(*points, strict=True), ".-", label=name, linewidth=3 if name == "DiffFit" else 1)
         lines.set(xscale="log", xlabel="learning rate", ylabel="loss", title=f"after {study.form.sweep_steps} steps")
         if lines.lines:
-            lowest = min(min(line.get_ydata()) for line in lines.lines)
-            lines.set(ylim=(0.98 * lowest, 1.5 * lowest))  # a diverging run is not to flatten the others
+            best = [min(line.get_ydata()) for line in lines.lines]
+            lines.set(ylim=(0.98 * min(best), 1.3 * max(best)))  # a diverging run is not to flatten the others
             lines.legend(fontsize=7)
         strips = {}
         for name, pairs in made.items():
