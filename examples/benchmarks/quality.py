@@ -140,6 +140,8 @@ def frechet_targets(domain: str, rows: Rows) -> list[dict]:
         small = [n for n in others if rows[n][0][1]["parameters"] <= limit]
         best = min(small, key=distance.__getitem__, default=None)
         for other, called in (("full", "full"), (best, f"the best method of at most twice its parameters ({best})")):
+            if other is None:
+                continue
             share = distance[name] / distance[other] if {name, other} <= set(distance) else None
             targets.append(target(f"Fréchet distance, {domain}: {name} ÷ {called}", "≤", 1, share))
     return targets
