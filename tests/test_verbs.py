@@ -136,7 +136,7 @@ def test_adapters_of_other_ranks_in_one_batch(dit, inputs, ranks):
     model = get_peft_model(dit, DiffFitConfig(r=ranks[0], low_rank_modules=["norm1.linear", "to_q"]), "a").eval()
     model.add_adapter("b", DiffFitConfig(r=ranks[1]))
     spread(model, "a", 1), spread(model, "b", 2)
-    names = ["b", "a", "__base__", "a", "b"]
+    names = ["b", "a", "__base__", "a", "a"]
     mixed = outputs(model, inputs | {"adapter_names": names})
     for i, name in enumerate(names):
         model.set_adapter("a" if name == "__base__" else name)
