@@ -90,6 +90,7 @@ SHORT = Form(
     judge_steps=40,
     num_judged=200,
     max_samples=400,
+    threads=2,
 )
 
 
@@ -159,8 +160,8 @@ def report(study: Study, folder: Path) -> None:
         "held-out images at fixed noise. Fréchet distance, KID, precision and recall: of "
         f"{form.num_images} samples, guidance {example.guidance_scale:g}, to the held-out images, by "
         f"{Judge.num_features} features of a classifier of emoji (`judge.py`), real images having been through the "
-        "VAE. Distances of so few images compare methods, and mean nothing beside published ones. CPU seconds of one "
-        "thread, on a machine that may have been busy: for times see the section on training speed. BitFit and "
+        "VAE. Distances of so few images compare methods, and mean nothing beside published ones. CPU seconds were "
+        "counted on a machine that may have been busy: for times see the section on training speed. BitFit and "
         "DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them alone."
     ]
     parts += [f"### {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
@@ -183,4 +184,4 @@ def report(study: Study, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute(__doc__, LONG, SHORT, attach, report, threads=1)
+    execute(__doc__, LONG, SHORT, attach, report)

@@ -56,6 +56,7 @@ SHORT = dataclasses.replace(
     judge_steps=15,
     num_judged=60,
     max_samples=150,
+    threads=2,
 )
 
 
@@ -109,4 +110,4 @@ def report(study: Study, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute(__doc__, LONG, SHORT, attach, report, threads=1)
+    execute(__doc__, LONG, SHORT, attach, report)

@@ -41,6 +41,7 @@ class Form:
         variants: methods that are run at DiffFit's learning rate, with the first seed.
         factors: of DiffFit's learning rate, run with the first seed; the first two before `variants`.
         judge_steps, num_judged, max_samples: see `adaptation.Bench`.
+        threads: of the process of each domain; the figures depend on them a little, so they are the same everywhere.
     """
 
     rates: dict[str, tuple[float, float, float]]
@@ -55,6 +56,7 @@ class Form:
     resolution: int = 64
     batch_size: int = 16
     extensions: int = 2
+    threads: int = 1
     variants: tuple[str, ...] = ()
     factors: tuple[float, ...] = ()
 
@@ -225,14 +227,12 @@ def execute(
     short: Form,
     attach: Callable[[str, DiTTransformer2DModel], nn.Module],
     report: Callable[[Study, Path], None],
-    threads: int,
 ) -> None:
     """What the command line of a benchmark does: makes the runs, those of each domain in a process, and reports.
 
     Args:
         attach: see `adaptation.Bench`.
         report: publishes a study's results to a folder.
-        threads: of each process; the figures depend on them a little, so that they are the same on every machine.
     """
     arguments = parser(description)
     arguments.add_argument("--work_dir", type=Path, help="where runs are kept; default: runs/quality or quality-short")
@@ -240,8 +240,8 @@ def execute(
     arguments.add_argument("--report", action="store_true", help="make no runs: report those that are made")
     arguments.add_argument("--domain", choices=long.domains, help=argparse.SUPPRESS)  # make its runs, and no report
     args = arguments.parse_args()
-    torch.set_num_threads(threads)
     form = short if args.short else long
+    torch.set_num_threads(form.threads)
     folder = args.work_dir or ROOT / ("runs/quality-short" if args.short else "runs/quality")
     bench = Bench(folder, attach, form.judge_steps, form.num_judged, form.max_samples)
     study = Study(form, bench, args.mixed_precision)

@@ -11,10 +11,12 @@ optimiser (AdamW) and EMA of the weights are timed apart.
   asked) less what it had after its imports. So it is what the machine must have, the allocator's waste included, and
   not a sum over tensors.
 - All 28 blocks, once, for the methods that the targets name: the second of two steps, each method in a fresh process.
+- Where the time goes: torch's profile of three steps in fp32, by operator, each method in a fresh process.
 
 fp32 is float32 throughout. bf16 is autocast with the frozen weights held in bfloat16 and what is trained in float32,
 which is everything in full fine-tuning. On a processor that multiplies matrices faster in float32, bf16 is not timed:
-its memory alone is measured, at 4 blocks. Needs Linux; the long form needs 20 GB of memory.
+its memory alone is measured, at 28 blocks for full fine-tuning and DiffFit. Needs Linux; the long form needs 20 GB of
+memory.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from difffit_peft.training.losses import diffusion_loss
 PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
+PROFILED, NUM_OPERATORS = ["full", "LoRA r=8", "DiffFit", "floor"], 9
 OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit r=1", "floor"]
 ALL = [name for name in (*METHODS, "floor") if name != "LN tuning"]  # which has nothing to train in a DiT
 
@@ -101,6 +104,17 @@ def alone(method: str, num_layers: int, precision: str) -> dict[str, Any]:
     return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": _resident("VmHWM") - before}
 
 
+def profile(method: str) -> dict[str, float]:
+    """Seconds of a step by operator, without those of the operators it calls, at 4 blocks in fp32."""
+    steps = 3
+    trainer = Trainer(method, DEPTHS[1], "fp32")
+    trainer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            trainer.step()
+    return {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()}
+
+
 def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
@@ -141,8 +155,20 @@ def extrapolated(times: dict[int, dict[str, Steps]], name: str) -> float:
     return per_step(times[DEPTHS[1]][name]) + (FULL_DEPTH - DEPTHS[1]) * per_block(times, name)
 
 
-def tables(times: dict, memory: dict, once: dict, product: dict[str, float]) -> str:
-    """`times[precision][depth][method]` are steps, `memory` and `once` results of `alone` by precision and method."""
+def profile_table(profiles: dict[str, dict[str, float]]) -> str:
+    """The operators that take most of any method's step, the rest, and the sum."""
+    longest = {key: max(p.get(key, 0.0) for p in profiles.values()) for p in profiles.values() for key in p}
+    shown = sorted(longest, key=longest.__getitem__, reverse=True)[:NUM_OPERATORS]
+    rows = [[key.removeprefix("aten::"), *(f"{p.get(key, 0.0):.3f}" for p in profiles.values())] for key in shown]
+    rows.append(["all others", *(f"{sum(v for k, v in p.items() if k not in shown):.3f}" for p in profiles.values())])
+    rows.append(["sum", *(f"{sum(p.values()):.3f}" for p in profiles.values())])
+    return table(["s per step", *profiles], rows)
+
+
+def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[str, float]) -> str:
+    """`times[precision][depth][method]` are steps, `memory` and `once` results of `alone` by precision and method,
+    `profiles` those of `profile` by method.
+    """
     depth = DEPTHS[1]
     rounds = " and ".join(f"{len(by_depth[depth]['floor'])} rounds in {p}" for p, by_depth in times.items())
     parts = [
@@ -187,7 +213,7 @@ def tables(times: dict, memory: dict, once: dict, product: dict[str, float]) -> 
         [
             f"{name}, {precision}",
             f"{sum(result['seconds']):.1f}",
-            f"{extrapolated(times[precision], name):.1f}",
+            f"{extrapolated(times[precision], name):.1f}" if precision in times else "–",
             f"{sum(results['full']['seconds']) / sum(result['seconds']):.2f}",
             f"{result['peak_bytes'] / 1e9:.2f}",
             f"{results['full']['peak_bytes'] / result['peak_bytes']:.2f}",
@@ -199,6 +225,9 @@ def tables(times: dict, memory: dict, once: dict, product: dict[str, float]) -> 
         columns = ("", "a step, s", "extrapolated", "full ÷ it", "peak memory, GB", "full ÷ it")
         parts.append(f"All {FULL_DEPTH} blocks, batch {BATCH}, one step of each in a fresh process:")
         parts.append(table(columns, rows))
+    if profiles:
+        parts.append(f"Where the time goes, fp32, {depth} blocks, by torch's profiler:")
+        parts.append(profile_table(profiles))
     return "\n\n".join(parts)
 
 
@@ -226,9 +255,9 @@ def plot(times: dict, memory: dict) -> Figure:
 
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 7 3)")
+    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 12 3)")
     args = cli.parse_args()
-    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (7, 3)), strict=True))
+    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (12, 3)), strict=True))
     methods = OF_TARGETS if args.short else ALL
     folder = output_dir(args)
     os.environ["OMP_NUM_THREADS"] = "2"  # of the processes started here: the targets are for 2 cores
@@ -240,11 +269,12 @@ def main() -> None:
     depth = DEPTHS[1]
     jobs = [(name, depth, p) for p in DTYPES for name in (["full", "DiffFit"] if args.short else methods)]
     if not args.short:
-        jobs += [(name, FULL_DEPTH, p) for p in timed for name in OF_TARGETS]
+        jobs += [(n, FULL_DEPTH, p) for p in DTYPES for n in (OF_TARGETS if p in timed else ["full", "DiffFit"])]
     measured: dict[int, dict[str, dict[str, Any]]] = {d: {p: {} for p in DTYPES} for d in (depth, FULL_DEPTH)}
     for name, num_layers, precision in tqdm(jobs, desc="each alone"):
         measured[num_layers][precision][name] = in_fresh_process(alone, name, num_layers, precision)
-    memory, once = measured[depth], measured[FULL_DEPTH]
+    memory, once = measured[depth], {p: results for p, results in measured[FULL_DEPTH].items() if results}
+    profiles = {} if args.short else {name: in_fresh_process(profile, name) for name in PROFILED}
 
     targets = []
     for precision, least, most, lora in (("fp32", 2.0, 1.04, 1.15), ("bf16", 2.6, 1.06, 1.05)):
@@ -265,8 +295,15 @@ def main() -> None:
         folder,
         "training_speed",
         "Training: seconds and memory per step",
-        tables(times, memory, once, product),
-        {"phases": PHASES, "batch": BATCH, "steps": times, "alone": measured, "product_seconds": product},
+        tables(times, memory, once, profiles, product),
+        {
+            "phases": PHASES,
+            "batch": BATCH,
+            "steps": times,
+            "alone": measured,
+            "profiles": profiles,
+            "product_seconds": product,
+        },
         plot(times, memory),
         targets,
     )
