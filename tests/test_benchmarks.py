@@ -1,5 +1,7 @@
 """What the benchmarks stand on: the methods compared, and the page that results are written to."""
 
+import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import methods  # noqa: E402
 import report  # noqa: E402
+import study  # noqa: E402
+import training_speed  # noqa: E402
 
 
 @torch.no_grad()
@@ -69,3 +73,51 @@ def test_targets():
     assert "| b | ≥ 2 | 1.9 | **not met** |" in report.targets_table([met, missed])
     with pytest.raises(ValueError, match="bound='<'"):
         report.target("a", "<", 1.0, 1.0)
+
+
+class Losses:
+    """Stands for `adaptation.Bench`: the loss of a run is how far its learning rate is, in decades, from the best."""
+
+    def __init__(self, best: float) -> None:
+        self.best, self.made = best, {}
+
+    def result(self, run):
+        return self.made.setdefault(run, {"loss": abs(math.log10(run.learning_rate / self.best))})
+
+    def stored(self, run):
+        return self.made.get(run)
+
+
+@pytest.mark.parametrize(
+    "best, rates, chosen",
+    [
+        (1e-2, [0.003, 0.01, 0.03], 0.01),
+        (1e-1, [0.003, 0.01, 0.03, 0.09, 0.3], 0.09),  # goes on beyond the edge, until the best is inside
+        (1e-5, [0.003, 0.01, 0.03, 0.0009, 0.0003], 0.0003),  # twice at most
+    ],
+)
+def test_a_sweep_goes_on_beyond_its_edge_and_chooses_the_lowest_loss(best, rates, chosen):
+    form = study.Form({"DiffFit": (0.003, 0.01, 0.03)}, ("twemoji",), (0, 1), 200, 60, 10, 1, 1)
+    bench = Losses(best)
+    sweep = study.Study(form, bench, "no")
+    assert sweep.best("twemoji", "DiffFit") is None  # nothing is made yet
+    run = sweep.best("twemoji", "DiffFit", make=True)
+    assert (run.learning_rate, run.steps, run.num_images) == (chosen, 200, 10)
+    assert [(r.learning_rate, r.steps, r.num_images) for r in bench.made] == [(rate, 60, 0) for rate in rates]
+    assert sweep.best("twemoji", "DiffFit") == run  # from what is made
+
+
+def test_a_diverged_run_is_not_chosen():
+    form = study.Form({"full": (1e-4, 1e-3, 1e-2)}, ("twemoji",), (0,), 200, 60, 10, 1, 1)
+    bench = Losses(1e-3)
+    sweep = study.Study(form, bench, "no")
+    bench.made[dataclasses.replace(sweep.run("twemoji", "full", 1e-3), steps=60, num_images=0)] = {"diverged": "why"}
+    assert sweep.best("twemoji", "full", make=True).learning_rate in (1e-4, 1e-2)
+    assert study.cells([{"loss": 1.0}, {"diverged": "why"}], ["loss", "fid"]) == ["diverged"] * 2
+
+
+def test_a_profile_shows_the_longest_of_any_method_and_sums_up():
+    profiles = {"a": {f"aten::op{i}": float(i) for i in range(12)}, "b": {"aten::op0": 20.0}}
+    lines = training_speed.profile_table(profiles).splitlines()[2:]
+    assert lines[0] == "| op0 | 0.000 | 20.000 |" and len(lines) == training_speed.NUM_OPERATORS + 2
+    assert lines[-2:] == ["| all others | 6.000 | 0.000 |", "| sum | 66.000 | 20.000 |"]

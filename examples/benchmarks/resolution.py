@@ -33,10 +33,11 @@ LONG = Form(
     rates={
         "full": (1e-4, 3e-4, 1e-3),
         "DiffFit": (3e-3, 1e-2, 3e-2),
+        "DiffFit r=1": (3e-3, 1e-2, 3e-2),
         "DiffFit" + NOT_RESCALED: (3e-3, 1e-2, 3e-2),
     },
     domains=("openmoji",),
-    seeds=(0,),
+    seeds=(0, 1),
     steps=100,
     sweep_steps=20,
     extensions=1,
@@ -63,7 +64,12 @@ SHORT = dataclasses.replace(
 def attach(method: str, model: DiTTransformer2DModel) -> nn.Module:
     """The model to train, for latents of side `SAMPLE_SIZE`."""
     if method.startswith("DiffFit"):
-        config = DiffFitConfig(num_classes=adaptation.NUM_CLASSES, init_class_rows="base", sample_size=SAMPLE_SIZE)
+        config = DiffFitConfig(
+            num_classes=adaptation.NUM_CLASSES,
+            init_class_rows="base",
+            sample_size=SAMPLE_SIZE,
+            **(methods.RANK_1 if method == "DiffFit r=1" else {}),
+        )
         adapted = get_peft_model(model, config)
     else:
         adapted = methods.adapt("full", model)
