@@ -5,15 +5,12 @@
 At the width of DiT-XL/2, on batches of 4 latents of 32 x 32: forward (the loss of published DiTs included), backward,
 optimiser (AdamW) and EMA of the weights are timed apart.
 
-- Time: all methods take turns, A B C A B C, at 2 and at 4 blocks, each in a process of its own, as it would be trained:
-  in one process, a method would find the memory that others have freed, and full fine-tuning would not have to ask the
-  system for that of its gradients in every step. The difference of the two depths is the time of a block, which gives
-  that of 28. Ratios are medians over rounds of the ratio within a round.
+- Time: all methods take turns, A B C A B C, at 2 and at 4 blocks, in one process. The difference of the two is the time
+  of a block, which gives that of 28. Ratios are medians over rounds of the ratio within a round.
 - Memory: each method in a fresh process, two steps; the process's peak of resident memory (Linux counts it anew when
   asked) less what it had after its imports. So it is what the machine must have, the allocator's waste included, and
   not a sum over tensors.
-- All 28 blocks, for the methods that the targets name: one after the other, as they do not fit beside each other, each
-  in a fresh process; the median of four steps after a first.
+- All 28 blocks, once, for the methods that the targets name: the second of two steps, each method in a fresh process.
 - Where the time goes: torch's profile of three steps in fp32, by operator, each method in a fresh process.
 
 fp32 is float32 throughout. bf16 is autocast with the frozen weights held in bfloat16 and what is trained in float32,
@@ -31,7 +28,6 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +45,6 @@ PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
 PROFILED, NUM_OPERATORS = ["full", "LoRA r=8", "DiffFit", "floor"], 9
-STEPS_AT_FULL_DEPTH = {"fp32": 4, "bf16": 1}  # after a first
 OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit r=1", "floor"]
 ALL = [name for name in (*METHODS, "floor") if name != "LN tuning"]  # which has nothing to train in a DiT
 
@@ -89,41 +84,24 @@ class Trainer:
         return [end - start for start, end in zip(times[:-1], times[1:], strict=True)]
 
 
-_trainers: dict[int, Trainer] = {}  # of a process that takes turns with others, by depth
-
-
-def _build(method: str, precision: str) -> None:
-    _trainers.update({depth: Trainer(method, depth, precision) for depth in DEPTHS})
-
-
-def _step(depth: int) -> list[float]:
-    return _trainers[depth].step()
-
-
 def take_turns(methods: list[str], precision: str, rounds: int) -> dict[int, dict[str, Steps]]:
     """Steps of all methods at both depths in turn, by depth and method; a round to warm up is left out."""
+    trainers = {(depth, name): Trainer(name, depth, precision) for depth in DEPTHS for name in methods}
     steps: dict[int, dict[str, Steps]] = {depth: {name: [] for name in methods} for depth in DEPTHS}
-    with ExitStack() as stack:
-        processes = {name: stack.enter_context(fresh_process()) for name in methods}
-        for name, process in processes.items():
-            process.submit(_build, name, precision).result()
-        for turn in tqdm(range(rounds + 1), desc=f"{precision}, {len(methods)} methods in turn"):
-            for depth in DEPTHS:
-                for name, process in processes.items():
-                    seconds = process.submit(_step, depth).result()
-                    if turn:
-                        steps[depth][name].append(seconds)
+    for turn in tqdm(range(rounds + 1), desc=f"{precision}, {len(methods)} methods in turn"):
+        for (depth, name), trainer in trainers.items():
+            seconds = trainer.step()
+            if turn:
+                steps[depth][name].append(seconds)
     return steps
 
 
 def alone(method: str, num_layers: int, precision: str) -> dict[str, Any]:
-    """The steps after a first and the peak of resident memory, in bytes; for a fresh process."""
+    """The second of two steps and the peak of resident memory, in bytes; for a fresh process."""
     before = _resident("VmRSS")
     trainer = Trainer(method, num_layers, precision)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew: building is not training
-    count = STEPS_AT_FULL_DEPTH[precision] if num_layers == FULL_DEPTH else 1
-    steps = [trainer.step() for _ in range(1 + count)][1:]
-    return {"steps": steps, "peak_bytes": _resident("VmHWM") - before}
+    return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": _resident("VmHWM") - before}
 
 
 def profile(method: str) -> dict[str, float]:
@@ -153,13 +131,9 @@ def product_seconds(dtype: torch.dtype) -> float:
     return statistics.median(seconds)
 
 
-def fresh_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-
-
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    with fresh_process() as process:
-        return process.submit(function, *args).result()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def ratio(steps: dict[str, Steps], numerator: str, denominator: str) -> float:
@@ -238,10 +212,9 @@ def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[
     rows = [
         [
             f"{name}, {precision}",
-            spread([sum(step) for step in result["steps"]]),
+            f"{sum(result['seconds']):.1f}",
             f"{extrapolated(times[precision], name):.1f}" if precision in times else "–",
-            f"{per_step(results['full']['steps']) / per_step(result['steps']):.2f}",
-            f"{per_step(result['steps']) / per_step(results['floor']['steps']):.3f}" if "floor" in results else "–",
+            f"{sum(results['full']['seconds']) / sum(result['seconds']):.2f}",
             f"{result['peak_bytes'] / 1e9:.2f}",
             f"{results['full']['peak_bytes'] / result['peak_bytes']:.2f}",
         ]
@@ -249,8 +222,8 @@ def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[
         for name, result in results.items()
     ]
     if rows:
-        columns = ("", "a step, s", "extrapolated", "full ÷ it", "it ÷ floor", "peak memory, GB", "full ÷ it")
-        parts.append(f"All {FULL_DEPTH} blocks, batch {BATCH}, each method in a fresh process:")
+        columns = ("", "a step, s", "extrapolated", "full ÷ it", "peak memory, GB", "full ÷ it")
+        parts.append(f"All {FULL_DEPTH} blocks, batch {BATCH}, one step of each in a fresh process:")
         parts.append(table(columns, rows))
     if profiles:
         parts.append(f"Where the time goes, fp32, {depth} blocks, by torch's profiler:")
@@ -282,9 +255,9 @@ def plot(times: dict, memory: dict) -> Figure:
 
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 8 3)")
+    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 12 3)")
     args = cli.parse_args()
-    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (8, 3)), strict=True))
+    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (12, 3)), strict=True))
     methods = OF_TARGETS if args.short else ALL
     folder = output_dir(args)
     os.environ["OMP_NUM_THREADS"] = "2"  # of the processes started here: the targets are for 2 cores
@@ -292,7 +265,7 @@ def main() -> None:
 
     product = {precision: in_fresh_process(product_seconds, dtype) for precision, dtype in DTYPES.items()}
     timed = [precision for precision in DTYPES if product[precision] <= product["fp32"]]
-    times = {precision: take_turns(methods, precision, rounds[precision]) for precision in timed}
+    times = {precision: in_fresh_process(take_turns, methods, precision, rounds[precision]) for precision in timed}
     depth = DEPTHS[1]
     jobs = [(name, depth, p) for p in DTYPES for name in (["full", "DiffFit"] if args.short else methods)]
     if not args.short:
@@ -312,10 +285,7 @@ def main() -> None:
         ):
             what = f"{numerator} ÷ {denominator}, seconds per step, {precision}"
             measured_ratio = ratio(times[precision][depth], numerator, denominator) if precision in timed else None
-            targets.append(target(f"{what}, {depth} blocks", bound, limit, measured_ratio))
-            if {numerator, denominator} <= set(once.get(precision, {})) and precision in timed:
-                whole = [per_step(once[precision][name]["steps"]) for name in (numerator, denominator)]
-                targets.append(target(f"{what}, {FULL_DEPTH} blocks", bound, limit, whole[0] / whole[1]))
+            targets.append(target(what, bound, limit, measured_ratio))
     deepest = FULL_DEPTH if measured[FULL_DEPTH]["bf16"] else depth
     peak = {name: measured[deepest]["bf16"][name]["peak_bytes"] for name in ("full", "DiffFit")}
     what = f"full ÷ DiffFit, peak memory, bf16, {deepest} blocks"
