@@ -67,6 +67,8 @@ class DiffFitLoaderMixin:
                 else f"The name {adapter_name!r} is taken: choose another, delete_adapters({adapter_name!r}) first, or "
                 "pass hotswap=True to put the new values in its place."
             )
+        if self._fused():
+            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
         folder = adapter_folder(pretrained_model_name_or_path, **kwargs)
         check_has_weights(folder)
         if DiffFitConfig.from_pretrained(str(folder)).task_type is not None:
@@ -74,8 +76,6 @@ class DiffFitLoaderMixin:
         if hotswap:
             hotswap_adapter(self.transformer, str(folder), adapter_name)
         elif isinstance(self.transformer, PeftModel):
-            if self._fused():
-                raise ValueError("Adapters are fused: call unfuse_difffit() first.")
             self.transformer.load_adapter(str(folder), adapter_name)
         else:
             self._base_labels = dict(self.labels)
@@ -85,7 +85,8 @@ class DiffFitLoaderMixin:
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: list[float] | float | None = None) -> None:
         """Makes these adapters the active ones, at these strengths; `None` leaves their strengths as they are.
 
-        The pipeline's class names become those of the first of them that has any.
+        Adapters that were disabled are enabled. The pipeline's class names become those of the first of these that has
+        any.
 
         Raises:
             ValueError: for an unknown adapter, or weights that are not finite or not as many. Nothing is then changed.
@@ -135,9 +136,12 @@ class DiffFitLoaderMixin:
             self.unload_difffit_weights()
             return
         active = [name for name in self.transformer.base_model.active_adapters if name in remaining]
+        enabled = bool(self.get_active_adapters())
         for name in names:
             self.transformer.delete_adapter(name)
         self._activate(active or remaining[:1])
+        if not enabled:
+            self.disable_difffit()
 
     def unload_difffit_weights(self) -> None:
         """Takes all adapters off: the transformer is the base's again, and so are the class names."""
@@ -152,8 +156,7 @@ class DiffFitLoaderMixin:
 
     def enable_difffit(self) -> None:
         """Computes with the active adapters again."""
-        self._model().base_model.enable_adapter_layers()
-        self._activate(self.transformer.base_model.active_adapters)
+        self._activate(self._model().base_model.active_adapters)
 
     def fuse_difffit(self, adapter_names: list[str] | None = None, safe_fusing: bool = False) -> None:
         """Writes adapters, by default the active ones, into the weights, so that they cost nothing when sampling.
@@ -209,6 +212,7 @@ class DiffFitLoaderMixin:
         model = self._model()
         model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
         model.base_model.set_adapter(names, inference_mode=True)
+        model.base_model.enable_adapter_layers()
         self._set_labels(next((model.peft_config[n].id2label for n in names if model.peft_config[n].id2label), None))
 
     def _set_labels(self, id2label: dict[int, str] | None) -> None:
@@ -253,7 +257,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             pipe.load_difffit_weights(folder)
             return pipe
         pipe = super().from_pretrained(path, **kwargs)
-        for folder in sorted(Path(path, _ADAPTERS).glob("*/")):
+        for folder in sorted(f for f in Path(path, _ADAPTERS).glob("*") if f.is_dir()):
             pipe.load_difffit_weights(folder, folder.name)
         state = Path(path, _ADAPTERS, "active.json")
         if state.is_file():
@@ -276,25 +280,43 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         """Saves the base and, in `adapters/`, the adapters; fused adapters are saved as part of the weights instead.
 
         A stock `DiTPipeline` loads what this writes too, without the adapters.
+
+        Raises:
+            ValueError: with `push_to_hub`; and if the folder holds adapters that this would not write over, which
+                would be loaded with what it does write. Nothing is then changed.
         """
         adapted, fused = self.transformer, self._fused()
-        labels = {index: name for name, index in self.labels.items()}
+        folder = Path(save_directory, _ADAPTERS)
+        saved = [] if fused else self.get_list_adapters()
+        others = sorted({f.name for f in folder.glob("*") if f.is_dir()} - {*saved})
+        if others:
+            raise ValueError(
+                f"{folder} holds the adapters {others}, which this pipeline has not to save: they would be loaded with "
+                "it. Remove them, or save to another folder."
+            )
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub: a pipeline is uploaded without its adapters. Upload an adapter with "
+                "push_difffit_to_hub(), or save the pipeline and upload its folder with `hf upload`."
+            )
+        labels = self.labels
         if isinstance(adapted, PeftModel):
             plain = copy.deepcopy(adapted)
             self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
-            if not fused:
-                labels = {index: name for name, index in self._base_labels.items()}
+            labels = self.labels if fused else self._base_labels
+        id2label: dict[int, str] = {}
+        for name, index in labels.items():  # Diffusers splits the names of a class at commas
+            id2label[index] = f"{id2label[index]}, {name}" if index in id2label else name
         try:
-            self.register_to_config(id2label=labels)
+            self.register_to_config(id2label=id2label)
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.transformer = adapted
         index = Path(save_directory, self.config_name)
         stock = json.dumps(json.loads(index.read_text()) | {"_class_name": "DiTPipeline"}, indent=2)
         write(index, lambda partial: partial.write_text(stock + "\n"))
-        if isinstance(adapted, PeftModel) and not fused:
-            folder = Path(save_directory, _ADAPTERS)
-            for name in adapted.peft_config:
+        if saved:
+            for name in saved:
                 save_adapter(adapted, folder / name, name)
             layers = adapted.base_model._difffit_layers()
             strengths = {

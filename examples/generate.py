@@ -31,23 +31,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.adapter_weights and len(args.adapter_weights) != len(args.adapters):
+        raise ValueError(f"{len(args.adapter_weights)} --adapter_weights for {len(args.adapters)} --adapters.")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiffFitDiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
-        dtype={"transformer": getattr(torch, args.dtype), "default": torch.float32},  # VAEs overflow in float16
+        dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16
     )
+    if args.adapters and pipe.get_list_adapters():
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} comes with adapters of its own: name its base, and all adapters to "
+            "blend as --adapters."
+        )
     names = [f"adapter_{i}" for i in range(len(args.adapters))]
     for path, name in zip(args.adapters, names, strict=True):
         pipe.load_difffit_weights(path, name)
     if names:
         pipe.set_adapters(names, args.adapter_weights or 1.0)
-    pipe.to(Accelerator().device)
+    pipe.to(accelerator.device)
+    # in mixed precision it now gives float32, as the scheduler and the VAE take it
+    pipe.transformer = accelerator.prepare_model(pipe.transformer, evaluation_mode=True)
     pipe.set_progress_bar_config(leave=False)
     labels = args.labels or list(pipe.labels)[:8] or ["0"]
     classes = [int(label) if label.isdecimal() else pipe.get_label_ids(label)[0] for label in labels]

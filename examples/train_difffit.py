@@ -206,7 +206,9 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
 
 def main(args: argparse.Namespace) -> Result:
     found = checkpoints(args.output_dir)
-    if found and not args.resume_from_checkpoint:
+    resume = args.resume_from_checkpoint
+    elsewhere = resume and Path(resume).is_dir() and Path(resume).resolve().parent != args.output_dir.resolve()
+    if found and (not resume or elsewhere):
         raise ValueError(
             f"{args.output_dir} has checkpoints of another run, up to {found[-1].name}: go on with "
             "--resume_from_checkpoint latest, choose another --output_dir, or remove them."

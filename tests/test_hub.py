@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import HUB, make_pipeline, randomise
 from diffusers import DiTPipeline
 from huggingface_hub import HfApi, ModelCard, snapshot_download
@@ -27,6 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftModel, get_peft_model
+from PIL import ImageChops, ImageStat
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 
@@ -232,8 +234,20 @@ def test_examples(trained, tmp_path, monkeypatch):
     blend = ["--adapters", "me/example", "me/fox", "--adapter_weights", "0.8", "0.2", "--labels", "fox", "1", "owl"]
     generate.main(generate.parse_args(["--pretrained_model_name_or_path", "me/base", *blend, *output]))
     assert PIL.Image.open(tmp_path / "grid.png").height == 3 * 16
-    generate.main(generate.parse_args(["--pretrained_model_name_or_path", "me/example", *output]))
-    assert PIL.Image.open(tmp_path / "grid.png").height == 2 * 16
+    own = ["--pretrained_model_name_or_path", "me/example", *output]
+    generate.main(generate.parse_args(own))
+    whole = PIL.Image.open(tmp_path / "grid.png").copy()
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for as long as the process lives
+    generate.main(generate.parse_args([*own, "--mixed_precision", "bf16"]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = PIL.Image.open(tmp_path / "grid.png")
+    assert half.size == whole.size and whole.height == 2 * 16
+    difference = ImageChops.difference(half.convert("RGB"), whole.convert("RGB"))
+    assert 0 < ImageStat.Stat(difference).mean[0] < 10  # rounded otherwise, and the same pictures
+    with pytest.raises(ValueError, match="me/example comes with adapters of its own"):
+        generate.main(generate.parse_args([*own, "--adapters", "me/fox"]))
+    with pytest.raises(ValueError, match="1 --adapter_weights for 0 --adapters"):
+        generate.main(generate.parse_args([*own, "--adapter_weights", "0.5"]))
 
 
 # The card says nothing but what it is told

@@ -116,6 +116,40 @@ def test_hotswap(folder, pipe, tmp_path):
     assert not torch.equal(images(pipe), stock(folder, "fox"))
 
 
+def test_a_hotswap_of_fused_adapters_changes_nothing(folder, pipe):
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.fuse_difffit()
+    fused = images(pipe)
+    pipe.unfuse_difffit()
+    pipe.load_difffit_weights(folder / "art", "art")
+    pipe.set_adapters("fox")
+    pipe.fuse_difffit(["fox"])
+    with pytest.raises(ValueError, match="Adapters are fused"):
+        pipe.load_difffit_weights(folder / "plain", "art", hotswap=True)
+    assert torch.equal(images(pipe), fused) and pipe.get_label_ids("hare") == [2]
+    pipe.unfuse_difffit()
+    pipe.set_adapters("art")
+    assert torch.equal(images(pipe), stock(folder, "art"))
+
+
+def test_loading_and_switching_enable_what_was_disabled(folder, pipe):
+    """Class names and images always belong together."""
+    base = images(pipe)
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.disable_difffit()
+    assert torch.equal(images(pipe), base) and pipe.get_active_adapters() == [] and "hare" not in pipe.labels
+    pipe.load_difffit_weights(folder / "art", "art")
+    assert torch.equal(images(pipe), stock(folder, "art")) and pipe.get_label_ids("ink") == [1]
+    pipe.disable_difffit()
+    pipe.set_adapters("fox")
+    assert torch.equal(images(pipe), stock(folder, "fox")) and pipe.get_label_ids("hare") == [2]
+    pipe.disable_difffit()
+    pipe.delete_adapters("fox")  # disabled stays disabled
+    assert torch.equal(images(pipe), base) and pipe.get_active_adapters() == [] and "ink" not in pipe.labels
+    pipe.enable_difffit()
+    assert torch.equal(images(pipe), stock(folder, "art")) and pipe.get_label_ids("ink") == [1]
+
+
 def live_bytes() -> int:
     """Of all tensors that can be reached."""
     gc.collect()
@@ -164,7 +198,26 @@ def test_a_saved_pipeline_loads_again(folder, pipe, tmp_path, fused):
     assert torch.equal(images(loaded), expected) and loaded.labels == labels
     plain = DiTPipeline.from_pretrained(tmp_path / "saved")
     assert torch.equal(images(plain), expected if fused else base)
+    assert plain.labels == (labels if fused else {"Tinca tinca": 0, "goldfish": 1, "tench": 0})
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
+
+
+def test_a_folder_with_other_adapters_is_not_saved_to(folder, pipe, tmp_path):
+    """They would be loaded with what is saved: fused ones a second time."""
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    for _ in range(2):  # over itself
+        pipe.save_pretrained(tmp_path / "saved")
+    before = {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    pipe.fuse_difffit()
+    with pytest.raises(ValueError, match=r"holds the adapters \['fox'\]"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.unload_difffit_weights()
+    with pytest.raises(ValueError, match=r"holds the adapters \['fox'\]"):
+        pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="push_to_hub: a pipeline is uploaded without its adapters"):
+        pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_saved_weights_load_again(folder, pipe, tmp_path):

@@ -229,6 +229,10 @@ def test_a_folder_with_another_runs_checkpoints_is_not_written_to(script, workdi
     flags = ("--checkpointing_steps", "3", "--num_validation_images", "0")
     run(script, workdir, "taken", *flags, "--resume_from_checkpoint", str(workdir / "taken" / "checkpoint-2"))
     assert [path.name for path in checkpoints(workdir / "taken")] == ["checkpoint-2", "checkpoint-3"]
+    run(script, workdir, "other", "--checkpointing_steps", "2", "--num_validation_images", "0")
+    with pytest.raises(ValueError, match="has checkpoints of another run, up to checkpoint-4"):
+        run(script, workdir, "other", *flags, "--resume_from_checkpoint", str(workdir / "taken" / "checkpoint-2"))
+    assert [path.name for path in checkpoints(workdir / "other")] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
