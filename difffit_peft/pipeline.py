@@ -305,8 +305,8 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
             labels = self.labels if fused else self._base_labels
         id2label: dict[int, str] = {}
-        for name, index in labels.items():  # Diffusers splits the names of a class at commas
-            id2label[index] = f"{id2label[index]}, {name}" if index in id2label else name
+        for name, label in labels.items():  # Diffusers splits the names of a class at commas
+            id2label[label] = f"{id2label[label]}, {name}" if label in id2label else name
         try:
             self.register_to_config(id2label=id2label)
             super().save_pretrained(save_directory, **kwargs)

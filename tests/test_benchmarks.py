@@ -107,6 +107,21 @@ def test_a_sweep_goes_on_beyond_its_edge_and_chooses_the_lowest_loss(best, rates
     assert sweep.best("twemoji", "DiffFit") == run  # from what is made
 
 
+def test_methods_are_compared_at_the_seeds_that_all_have():
+    rates = {name: (1e-3, 1e-2, 1e-1) for name in ("full", "DiffFit", "LoRA r=2")}
+    form = study.Form(rates, ("twemoji",), (0, 1, 2), 200, 0, 10, 1, 1)
+    bench = Losses(1e-2)
+    partial = study.Study(form, bench, "no")
+    assert study.stored(partial, "twemoji") == {}
+    for name, made in {"full": (0, 1, 2), "DiffFit": (0, 2), "LoRA r=2": (1,)}.items():
+        for seed in made:
+            bench.result(partial.run("twemoji", name, 1e-2, seed))
+    rows = study.stored(partial, "twemoji")
+    assert {name: [run.seed for run, _ in made] for name, made in rows.items()} == {"full": [0, 2], "DiffFit": [0, 2]}
+    assert study.seeds(rows) == "0, 2"
+    assert study.center(rows["full"], "loss") == 0 and study.center(rows["full"], "fid") is None
+
+
 def test_a_diverged_run_is_not_chosen():
     form = study.Form({"full": (1e-4, 1e-3, 1e-2)}, ("twemoji",), (0,), 200, 60, 10, 1, 1)
     bench = Losses(1e-3)

@@ -11,7 +11,6 @@ the lowest loss on images that no run trains on. A sweep whose best is at its ed
 """
 
 import dataclasses
-import statistics
 from pathlib import Path
 
 import adaptation
@@ -20,7 +19,7 @@ from diffusers import DiTTransformer2DModel
 from judge import Judge
 from peft import LoraConfig, get_peft_model
 from report import publish, table, target
-from study import MEASURES, Form, Rows, Study, cells, comparison_table, execute, plot, stored
+from study import MEASURES, Form, Rows, Study, cells, center, comparison_table, execute, plot, seeds, stored
 from torch import nn
 
 from difffit_peft import DiffFitConfig, conditioning
@@ -128,12 +127,8 @@ def ablation_table(study: Study, rows: dict[str, Rows]) -> str | None:
 
 
 def frechet_targets(domain: str, rows: Rows) -> list[dict]:
-    """Fréchet distances, means over the seeds, as DiffFit's share of the others'."""
-    distance = {
-        name: statistics.fmean(r["fid"] for _, r in made)
-        for name, made in rows.items()
-        if not any("diverged" in r for _, r in made)
-    }
+    """Fréchet distances, medians over the seeds, as DiffFit's share of the others'."""
+    distance = {name: value for name, made in rows.items() if (value := center(made, "fid")) is not None}
     targets = []
     for name in ("DiffFit", "DiffFit r=1"):
         limit = 2 * rows[name][0][1]["parameters"] if name in distance else 0
@@ -156,7 +151,8 @@ def report(study: Study, folder: Path) -> None:
     example = study.base(form.domains[0])
     parts = [
         f"The bundled base, adapted to {' and '.join(rows)} in {form.steps} steps of {example.batch_size} images. "
-        f"Median (range) of the runs with seeds {', '.join(map(str, form.seeds))}. Loss: that of training, of the "
+        f"Median (range) of the runs with seeds {'; '.join(f'{seeds(made)} ({d})' for d, made in rows.items())}. Loss: "
+        "that of training, of the "
         "held-out images at fixed noise. Fréchet distance, KID, precision and recall: of "
         f"{form.num_images} samples, guidance {example.guidance_scale:g}, to the held-out images, by "
         f"{Judge.num_features} features of a classifier of emoji (`judge.py`), real images having been through the "

@@ -37,6 +37,8 @@ matplotlib.use("Agg")
 import torch
 from matplotlib.figure import Figure
 
+from difffit_peft.files import write
+
 ROOT = Path(__file__).resolve().parents[2]
 _BOUNDS = {"≤": operator.le, "≥": operator.ge}
 
@@ -139,12 +141,11 @@ def publish(
         targets: rows that `target` made.
     """
     record = {"name": name, "machine": machine(), "targets": list(targets), "results": results}
-    _write(folder / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write(folder / f"{name}.json", lambda partial: partial.write_text(text))
     parts = [f"## {title}", header(), markdown.strip()]
     if figure is not None:
-        partial = folder / f"partial-{name}.png"
-        figure.savefig(partial, dpi=130)
-        partial.replace(folder / f"{name}.png")
+        write(folder / f"{name}.png", lambda partial: figure.savefig(partial, dpi=130, format="png"))
         parts.append(f"![{title}]({folder.name}/{name}.png)")
     section = "\n\n".join(parts)
     write_section(folder.with_name(f"{folder.name}.md"), name, section)
@@ -170,7 +171,7 @@ def write_section(page: Path, name: str, markdown: str) -> None:
         text = before + section + rest.split(closing)[1]
     else:
         raise ValueError(f"{page} has the markers {found}: it must have {opening} and after it {closing}, once each.")
-    _write(page, text)
+    write(page, lambda partial: partial.write_text(text))
 
 
 def targets_table(targets: Iterable[dict[str, Any]]) -> str:
@@ -181,12 +182,6 @@ def targets_table(targets: Iterable[dict[str, Any]]) -> str:
         for t in targets
     ]
     return table(("", "target", "measured", ""), rows)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ patch i is at i, and three quarters of the picture lie where the base has never 
 """
 
 import dataclasses
-import statistics
 from pathlib import Path
 
 import adaptation
@@ -20,7 +19,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from peft import get_peft_model
 from report import publish, target
-from study import Form, Study, comparison_table, execute, plot, stored
+from study import Form, Study, center, comparison_table, execute, plot, seeds, stored
 from torch import nn
 
 from difffit_peft import DiffFitConfig
@@ -92,15 +91,13 @@ def report(study: Study, folder: Path) -> None:
     example = study.base(domain)
 
     def ratio(key: str) -> float | None:
-        """DiffFit's mean over the seeds as a share of full fine-tuning's."""
-        values = [[r.get(key) for _, r in rows.get(name, [])] for name in ("DiffFit", "full")]
-        if not all(values) or None in sum(values, []):
-            return None
-        return statistics.fmean(values[0]) / statistics.fmean(values[1])
+        """DiffFit's median over the seeds as a share of full fine-tuning's."""
+        difffit, full = (center(rows.get(name, []), key) for name in ("DiffFit", "full"))
+        return None if difffit is None or full is None else difffit / full
 
     markdown = (
         f"The bundled base, adapted to {domain} at {form.resolution} pixels in {form.steps} steps of "
-        f"{example.batch_size} images. Median (range) of the runs with seeds {', '.join(map(str, form.seeds))}. "
+        f"{example.batch_size} images. Median (range) of the runs with seeds {seeds(rows)}. "
         f"{form.num_images} samples are compared with the held-out images, by a classifier trained at this "
         "resolution; the rest is as in the section on quality. The base moved without training has its positions "
         "rescaled.\n\n" + comparison_table(study, domain, rows)

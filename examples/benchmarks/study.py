@@ -150,13 +150,29 @@ def _at(run: Run, factor: float) -> Run:
 
 
 def stored(study: Study, domain: str) -> Rows:
-    """The rows of the main table: for each method the runs that are made, one for each seed."""
+    """The rows of the main table: the methods that have a run with the first seed, and the seeds that all of them have.
+
+    So methods are always compared at the same seeds, whatever is still to be made.
+    """
     best = {"base": study.base(domain)} | {method: study.best(domain, method) for method in study.form.rates}
-    runs = {
-        name: [dataclasses.replace(run, seed=seed) for seed in study.form.seeds] for name, run in best.items() if run
-    }
-    made = {name: [(run, r) for run in of_name if (r := study.bench.stored(run))] for name, of_name in runs.items()}
-    return {name: pairs for name, pairs in made.items() if pairs}
+    made: Rows = {}
+    for name, run in best.items():
+        of_name = [dataclasses.replace(run, seed=seed) for seed in study.form.seeds] if run else []
+        pairs = [(seeded, result) for seeded in of_name if (result := study.bench.stored(seeded))]
+        if pairs and pairs[0][0].seed == study.form.seeds[0]:
+            made[name] = pairs
+    common = set.intersection(*({run.seed for run, _ in pairs} for pairs in made.values())) if made else set()
+    return {name: [(run, r) for run, r in pairs if run.seed in common] for name, pairs in made.items()}
+
+
+def seeds(rows: Rows) -> str:
+    return ", ".join(str(run.seed) for run, _ in next(iter(rows.values())))
+
+
+def center(pairs: list[tuple[Run, dict]], key: str) -> float | None:
+    """The median over the seeds, as in the tables; `None` where a run has no such measure."""
+    values = [result.get(key) for _, result in pairs]
+    return statistics.median(values) if values and None not in values else None
 
 
 def cells(results: list[dict], keys: Iterable[str]) -> list[str]:
@@ -192,7 +208,7 @@ def plot(study: Study, rows: dict[str, Rows]) -> Figure:
         made = {textwrap.fill(name, 24): pairs for name, pairs in made.items()}
         for name, pairs in made.items():
             distances = [r["fid"] for _, r in pairs]
-            bars.barh(name, statistics.fmean(distances), color="tab:red" if name == "DiffFit" else "tab:blue")
+            bars.barh(name, statistics.median(distances), color="tab:red" if name == "DiffFit" else "tab:blue")
             bars.plot(distances, [name] * len(distances), "k.", markersize=5)
         bars.invert_yaxis()
         bars.set(title=f"{domain}: Fréchet distance; dots: each seed", xlim=0)
