@@ -32,6 +32,7 @@ class DiffFitLoaderMixin:
 
     transformer: Any
     labels: dict[str, int]
+    _base_labels: dict[str, int] | None = None  # while the labels are an adapter's
 
     def load_difffit_weights(
         self,
@@ -78,7 +79,6 @@ class DiffFitLoaderMixin:
         elif isinstance(self.transformer, PeftModel):
             self.transformer.load_adapter(str(folder), adapter_name)
         else:
-            self._base_labels = dict(self.labels)
             self.transformer = PeftModel.from_pretrained(self.transformer, str(folder), adapter_name)
         self.set_adapters(adapter_name, None if hotswap else 1.0)
 
@@ -148,6 +148,7 @@ class DiffFitLoaderMixin:
         if isinstance(self.transformer, PeftModel):
             self.transformer = self.transformer.unload()
             self._set_labels(None)
+            self._base_labels = None
 
     def disable_difffit(self) -> None:
         """Computes with the base alone, until `enable_difffit`."""
@@ -211,13 +212,14 @@ class DiffFitLoaderMixin:
     def _activate(self, names: list[str]) -> None:
         model = self._model()
         model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
+        model.base_model.enable_adapter_layers()  # first: it makes the active ones trainable
         model.base_model.set_adapter(names, inference_mode=True)
-        model.base_model.enable_adapter_layers()
         self._set_labels(next((model.peft_config[n].id2label for n in names if model.peft_config[n].id2label), None))
 
     def _set_labels(self, id2label: dict[int, str] | None) -> None:
-        base = getattr(self, "_base_labels", self.labels)
-        named = base if id2label is None else {name: index for index, name in id2label.items()}
+        if self._base_labels is None:
+            self._base_labels = dict(self.labels)
+        named = self._base_labels if id2label is None else {name: index for index, name in id2label.items()}
         self.labels = dict(sorted(named.items()))
 
 
@@ -266,7 +268,10 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
                 raise ValueError(
                     f"{state} holds a {type(active).__name__}: it must be an object of names and strengths."
                 )
-            pipe.set_adapters(list(active), list(active.values()))
+            if active:
+                pipe.set_adapters(list(active), list(active.values()))
+            else:
+                pipe.disable_difffit()
         return pipe
 
     @classmethod
@@ -274,6 +279,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         """A `DiffFitDiTPipeline` of another pipeline's parts."""
         pipe = super().from_pipe(pipeline, **kwargs)
         pipe.labels = dict(pipeline.labels)
+        pipe._base_labels = getattr(pipeline, "_base_labels", None)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -297,17 +303,22 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         if kwargs.get("push_to_hub"):
             raise ValueError(
                 "push_to_hub: a pipeline is uploaded without its adapters. Upload an adapter with "
-                "push_difffit_to_hub(), or save the pipeline and upload its folder with `hf upload`."
+                "push_difffit_to_hub(): it names its base, and DiffFitDiTPipeline.from_pretrained loads both."
             )
-        labels = self.labels
-        if isinstance(adapted, PeftModel):
-            plain = copy.deepcopy(adapted)
-            self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
-            labels = self.labels if fused else self._base_labels
+        labels = self._base_labels if saved and self._base_labels is not None else self.labels
         id2label: dict[int, str] = {}
         for name, label in labels.items():  # Diffusers splits the names of a class at commas
             id2label[label] = f"{id2label[label]}, {name}" if label in id2label else name
+        if saved:
+            layers = adapted.base_model._difffit_layers()
+            strengths = {
+                name: next(float(layer.strength[name]) for layer in layers if name in layer.strength)
+                for name in self.get_active_adapters()
+            }
         try:
+            if isinstance(adapted, PeftModel):
+                plain = copy.deepcopy(adapted)
+                self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
             self.register_to_config(id2label=id2label)
             super().save_pretrained(save_directory, **kwargs)
         finally:
@@ -318,12 +329,9 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         if saved:
             for name in saved:
                 save_adapter(adapted, folder / name, name)
-            layers = adapted.base_model._difffit_layers()
-            strengths = {
-                name: next(float(layer.strength[name]) for layer in layers if name in layer.strength)
-                for name in adapted.base_model.active_adapters
-            }
             write(folder / "active.json", lambda partial: partial.write_text(json.dumps(strengths)))
+        else:
+            folder.joinpath("active.json").unlink(missing_ok=True)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class indices of names: of one, or of each in a list.

@@ -230,6 +230,11 @@ def main(args: argparse.Namespace) -> Result:
             "This script trains under DDP or FSDP2 (examples/accelerate), not under FSDP1 or DeepSpeed: they share out "
             "what DiffFit has next to nothing of."
         )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and args.mixed_precision == "fp16":
+        raise ValueError(
+            "--mixed_precision fp16 is not for FSDP2, whose gradients Accelerate scales back twice: use bf16."
+        )
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:  # now, rather than find in the end that it cannot be
         name = args.hub_model_id or args.output_dir.resolve().name
@@ -241,7 +246,10 @@ def main(args: argparse.Namespace) -> Result:
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16, and are used little here
-    ).to(accelerator.device)
+    )
+    pipe.vae.to(accelerator.device)
+    if not sharded:  # FSDP moves what it shares out, block by block
+        pipe.transformer.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False)
     resolution, sample_size = sample_size_for(pipe, args.resolution)

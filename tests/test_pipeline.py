@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import shutil
 import warnings
 
 import pytest
@@ -140,6 +141,7 @@ def test_loading_and_switching_enable_what_was_disabled(folder, pipe):
     assert torch.equal(images(pipe), base) and pipe.get_active_adapters() == [] and "hare" not in pipe.labels
     pipe.load_difffit_weights(folder / "art", "art")
     assert torch.equal(images(pipe), stock(folder, "art")) and pipe.get_label_ids("ink") == [1]
+    assert not any(p.requires_grad for n, p in pipe.transformer.named_parameters() if "difffit" in n)
     pipe.disable_difffit()
     pipe.set_adapters("fox")
     assert torch.equal(images(pipe), stock(folder, "fox")) and pipe.get_label_ids("hare") == [2]
@@ -148,6 +150,7 @@ def test_loading_and_switching_enable_what_was_disabled(folder, pipe):
     assert torch.equal(images(pipe), base) and pipe.get_active_adapters() == [] and "ink" not in pipe.labels
     pipe.enable_difffit()
     assert torch.equal(images(pipe), stock(folder, "art")) and pipe.get_label_ids("ink") == [1]
+    assert not any(p.requires_grad for n, p in pipe.transformer.named_parameters() if "difffit" in n)
 
 
 def live_bytes() -> int:
@@ -212,12 +215,43 @@ def test_a_folder_with_other_adapters_is_not_saved_to(folder, pipe, tmp_path):
     with pytest.raises(ValueError, match=r"holds the adapters \['fox'\]"):
         pipe.save_pretrained(tmp_path / "saved")
     pipe.unload_difffit_weights()
+    plain = images(pipe)
     with pytest.raises(ValueError, match=r"holds the adapters \['fox'\]"):
         pipe.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="push_to_hub: a pipeline is uploaded without its adapters"):
         pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
     assert {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()} == before
     assert not (tmp_path / "new").exists()
+    shutil.rmtree(tmp_path / "saved" / "adapters" / "fox")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(images(DiffFitDiTPipeline.from_pretrained(tmp_path / "saved")), plain)
+
+
+def test_disabled_adapters_are_saved_as_such(folder, pipe, tmp_path):
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.disable_difffit()
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = DiffFitDiTPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(images(loaded), images(pipe)) and loaded.labels == pipe.labels
+    loaded.enable_difffit()
+    assert torch.equal(images(loaded), stock(folder, "fox")) and loaded.get_label_ids("hare") == [2]
+
+
+def test_adapters_from_elsewhere_are_saved_and_unloaded(folder, pipe, tmp_path):
+    """Attached by PEFT, or taken over from another pipeline: class names are the base's again without them."""
+    base = dict(pipe.labels)
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    taken = DiffFitDiTPipeline.from_pipe(pipe)
+    taken.save_pretrained(tmp_path / "taken")
+    assert DiTPipeline.from_pretrained(tmp_path / "taken").labels == base
+    taken.unload_difffit_weights()
+    assert taken.labels == base
+    attached = DiffFitDiTPipeline.from_pretrained(folder / "base")
+    attached.transformer = PeftModel.from_pretrained(attached.transformer, folder / "fox", "fox")
+    attached.save_pretrained(tmp_path / "attached")
+    assert DiTPipeline.from_pretrained(tmp_path / "attached").labels == base
+    loaded = DiffFitDiTPipeline.from_pretrained(tmp_path / "attached")
+    assert loaded.get_active_adapters() == ["fox"] and torch.equal(images(loaded), stock(folder, "fox"))
 
 
 def test_saved_weights_load_again(folder, pipe, tmp_path):
