@@ -299,7 +299,7 @@ def test_names_of_a_saved_pipelines_adapters_stay_in_its_folder(adapter, tmp_pat
     pipe.load_difffit_weights(adapter, "good")
     pipe.save_pretrained(tmp_path / "saved")
     active = tmp_path / "saved" / "adapters" / "active.json"
-    for content in ('{"../../x": 1.0}', '{"good": "x"}', "[1]", "{", '{"good": NaN}', "{}"):
+    for content in ('{"../../x": 1.0}', '{"good": "x"}', "[1]", "{", '{"good": NaN}'):
         active.write_text(content)
         with pytest.raises(ValueError):
             DiffFitDiTPipeline.from_pretrained(tmp_path / "saved")
