@@ -233,12 +233,12 @@ def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[
 
 def plot(times: dict, memory: dict) -> Figure:
     """Phases of a step, and memory where it was measured, method by method."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 3.5 * len(times)), layout="constrained")
     for row, (precision, by_depth) in enumerate(times.items()):
         steps = by_depth[DEPTHS[1]]
         names = list(reversed(steps))
         axis = figure.add_subplot(
-            2, 2, 2 * row + 1, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="seconds per step"
+            len(times), 2, 2 * row + 1, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="seconds per step"
         )
         left = [0.0] * len(names)
         for phase, label in enumerate(PHASES):
@@ -248,7 +248,9 @@ def plot(times: dict, memory: dict) -> Figure:
         axis.axvline(per_step(steps["floor"]), color="black", linewidth=0.8, linestyle=":")
         axis.legend(fontsize=8)
         names = list(reversed(memory[precision]))
-        axis = figure.add_subplot(2, 2, 2 * row + 2, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="peak memory, GB")
+        axis = figure.add_subplot(
+            len(times), 2, 2 * row + 2, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="peak memory, GB"
+        )
         axis.barh(names, [memory[precision][name]["peak_bytes"] / 1e9 for name in names], color="tab:gray")
     return figure
 
