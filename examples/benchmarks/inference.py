@@ -136,10 +136,10 @@ def main() -> None:
     torch.set_num_threads(2)  # the targets are for 2 cores
     num_layers = 4 if args.short else 8
     with torch.no_grad():
-        steps = sampling(num_layers, rounds=6 if args.short else 20)
+        steps = sampling(num_layers, rounds=3 if args.short else 20)
         loading = adapters(rounds=3 if args.short else 10)
         methods = ("DiffFit",) if args.short else ("DiffFit", "LoRA")
-        batches = {method: mixed(method, rounds=2 if args.short else 6) for method in methods}
+        batches = {method: mixed(method, rounds=1 if args.short else 6) for method in methods}
 
     parts = [
         f"Random weights at DiT-XL/2's width, float32; medians (and ranges). One evaluation of {num_layers} blocks for "

@@ -52,10 +52,10 @@ SHORT = dataclasses.replace(
     seeds=(0,),
     steps=10,
     sweep_steps=0,
-    num_images=20,
+    num_images=10,
     judge_steps=15,
-    num_judged=60,
-    max_samples=150,
+    num_judged=30,
+    max_samples=130,
     threads=2,
 )
 

@@ -269,8 +269,10 @@ def main() -> None:
     timed = [precision for precision in DTYPES if product[precision] <= product["fp32"]]
     times = {precision: in_fresh_process(take_turns, methods, precision, rounds[precision]) for precision in timed}
     depth = DEPTHS[1]
-    jobs = [(name, depth, p) for p in DTYPES for name in (["full", "DiffFit"] if args.short else methods)]
-    if not args.short:
+    if args.short:
+        jobs = [(name, depth, "bf16") for name in ("full", "DiffFit")]
+    else:
+        jobs = [(name, depth, p) for p in DTYPES for name in methods]
         jobs += [(n, FULL_DEPTH, p) for p in DTYPES for n in (OF_TARGETS if p in timed else ["full", "DiffFit"])]
     measured: dict[int, dict[str, dict[str, Any]]] = {d: {p: {} for p in DTYPES} for d in (depth, FULL_DEPTH)}
     for name, num_layers, precision in tqdm(jobs, desc="each alone"):
