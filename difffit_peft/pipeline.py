@@ -68,8 +68,7 @@ class DiffFitLoaderMixin:
                 else f"The name {adapter_name!r} is taken: choose another, delete_adapters({adapter_name!r}) first, or "
                 "pass hotswap=True to put the new values in its place."
             )
-        if self._fused():
-            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
+        self._refuse_fused()
         folder = adapter_folder(pretrained_model_name_or_path, **kwargs)
         check_has_weights(folder)
         if DiffFitConfig.from_pretrained(str(folder)).task_type is not None:
@@ -106,8 +105,7 @@ class DiffFitLoaderMixin:
             weight is None or (isinstance(weight, (int, float)) and math.isfinite(weight)) for weight in weights
         ):
             raise ValueError(f"adapter_weights={adapter_weights}: must be one finite number for each of {names}.")
-        if self._fused():
-            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
+        self._refuse_fused()
         for name, weight in zip(names, weights, strict=True):
             if weight is not None:
                 model.set_scale(name, weight)
@@ -129,8 +127,7 @@ class DiffFitLoaderMixin:
         loaded = self.get_list_adapters()
         if {*names} - {*loaded}:
             raise ValueError(f"There is no adapter {min({*names} - {*loaded})!r}: the pipeline has {loaded}.")
-        if self._fused():
-            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
+        self._refuse_fused()
         remaining = [name for name in loaded if name not in names]
         if not remaining:
             self.unload_difffit_weights()
@@ -208,6 +205,10 @@ class DiffFitLoaderMixin:
         # PEFT's get_model_status says it too, but takes twice as long as switching adapters does
         layers = [module for module in self.transformer.modules() if isinstance(module, DiffFitLayer)]
         return sorted({name for layer in layers for name in layer.merged_adapters})
+
+    def _refuse_fused(self) -> None:
+        if self._fused():
+            raise ValueError("Adapters are fused: call unfuse_difffit() first.")
 
     def _activate(self, names: list[str]) -> None:
         model = self._model()

@@ -207,7 +207,11 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
 def main(args: argparse.Namespace) -> Result:
     found = checkpoints(args.output_dir)
     resume = args.resume_from_checkpoint
-    elsewhere = resume and Path(resume).is_dir() and Path(resume).resolve().parent != args.output_dir.resolve()
+    elsewhere = (
+        resume not in (None, "latest")
+        and Path(resume).is_dir()
+        and Path(resume).resolve().parent != args.output_dir.resolve()
+    )
     if found and (not resume or elsewhere):
         raise ValueError(
             f"{args.output_dir} has checkpoints of another run, up to {found[-1].name}: go on with "

@@ -166,6 +166,7 @@ def stored(study: Study, domain: str) -> Rows:
 
 
 def seeds(rows: Rows) -> str:
+    """Those that all methods have, for a sentence."""
     return ", ".join(str(run.seed) for run, _ in next(iter(rows.values())))
 
 

@@ -15,8 +15,8 @@ optimiser (AdamW) and EMA of the weights are timed apart.
 
 fp32 is float32 throughout. bf16 is autocast with the frozen weights held in bfloat16 and what is trained in float32,
 which is everything in full fine-tuning. On a processor that multiplies matrices faster in float32, bf16 is not timed:
-its memory alone is measured, at 28 blocks for full fine-tuning and DiffFit. Needs Linux; the long form needs 20 GB of
-memory.
+its memory alone is measured, at 4 blocks and, for full fine-tuning and DiffFit, at 28. Needs Linux; the long form needs
+20 GB of memory.
 """
 
 from __future__ import annotations
@@ -232,14 +232,14 @@ def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[
 
 
 def plot(times: dict, memory: dict) -> Figure:
-    """Phases of a step, and memory where it was measured, method by method."""
-    figure = Figure(figsize=(11, 3.5 * len(times)), layout="constrained")
-    for row, (precision, by_depth) in enumerate(times.items()):
-        steps = by_depth[DEPTHS[1]]
+    """Phases of a step, and memory, of each precision in which they were measured, method by method."""
+    memory = {precision: results for precision, results in memory.items() if results}
+    count = len(times) + len(memory)
+    figure = Figure(figsize=(5.5 * count, 3.5), layout="constrained")
+    axes = iter(figure.subplots(1, count))
+    for precision, by_depth in times.items():
+        axis, steps = next(axes), by_depth[DEPTHS[1]]
         names = list(reversed(steps))
-        axis = figure.add_subplot(
-            len(times), 2, 2 * row + 1, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="seconds per step"
-        )
         left = [0.0] * len(names)
         for phase, label in enumerate(PHASES):
             width = [statistics.median(step[phase] for step in steps[name]) for name in names]
@@ -247,11 +247,11 @@ def plot(times: dict, memory: dict) -> Figure:
             left = [a + b for a, b in zip(left, width, strict=True)]
         axis.axvline(per_step(steps["floor"]), color="black", linewidth=0.8, linestyle=":")
         axis.legend(fontsize=8)
-        names = list(reversed(memory[precision]))
-        axis = figure.add_subplot(
-            len(times), 2, 2 * row + 2, title=f"{precision}, {DEPTHS[1]} blocks", xlabel="peak memory, GB"
-        )
-        axis.barh(names, [memory[precision][name]["peak_bytes"] / 1e9 for name in names], color="tab:gray")
+        axis.set(title=f"{precision}, {DEPTHS[1]} blocks", xlabel="seconds per step")
+    for precision, results in memory.items():
+        axis, names = next(axes), list(reversed(results))
+        axis.barh(names, [results[name]["peak_bytes"] / 1e9 for name in names], color="tab:gray")
+        axis.set(title=f"{precision}, {DEPTHS[1]} blocks", xlabel="peak memory, GB")
     return figure
 
 
