@@ -1,0 +1,177 @@
+"""Fine-tunes the bundled base of avatars to styles of faces it has never seen, and shows what changed.
+
+    make demo
+
+Trains an adapter with `examples/train_difffit.py`, loads it into a fresh stock `DiTPipeline`, and writes
+`demo/before_after.png`: for each new style the base's pictures of some seeds, the adapter's, and real ones. The base
+does not know the styles: it draws "anything" (the null class, from which the new classes start). Also measured: the
+Fréchet distance of both to pictures held out from training, and how many of the adapter's a classifier of styles takes
+for theirs.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler
+from judge import Classifier, ImageNetFeatures, frechet_distance
+from peft import PeftModel
+from render import BASE, DOMAINS, pictures
+from torch import Tensor
+from tqdm import tqdm
+
+from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import train_difffit  # noqa: E402
+
+NULL_CLASS = 1000
+NUM_HELD_OUT = 60  # of each class, and as many samples
+NUM_CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
+NUM_SHOWN = 3  # seeds of each class
+
+
+def fastest_precision() -> str:
+    """ "bf16" where this machine multiplies matrices faster in it, else "no"."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(1024, 1024, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        return time.perf_counter() - start
+
+    return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "no"
+
+
+def real(styles: list[tuple[str, dict]], count: int, split: str, cache_dir: Path) -> Tensor:
+    """`count` rendered pictures of each style, (styles * count, 3, 64, 64), uint8."""
+    drawn = [pictures(style, count, split, cache_dir, **options) for style, options in tqdm(styles, desc="Rendering")]
+    return torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2)
+
+
+def sample(pipe: DiTPipeline, labels: list[int], args: argparse.Namespace, desc: str) -> Tensor:
+    """One picture per label, (N, 3, 64, 64), uint8, from seeds 0, 1, 2..."""
+    batches = []
+    for start in tqdm(range(0, len(labels), 60), desc=desc):
+        batch = labels[start : start + 60]
+        images = pipe(
+            batch,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+            output_type="np",
+        ).images
+        batches.append(torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2))
+    return torch.cat(batches)
+
+
+def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
+    """A labelled grid of pictures: a row per entry, whose pictures are `NUM_SHOWN` of each name."""
+    columns = len(names) * NUM_SHOWN
+    gaps = [1, 1, 1, 0.15] * len(names)
+    figure, axes = plt.subplots(
+        len(rows), len(gaps) - 1, figsize=(0.8 * columns, 0.95 * len(rows)), dpi=130, width_ratios=gaps[:-1]
+    )
+    for row, (title, images) in enumerate(rows.items()):
+        for column, axis in enumerate(axes[row]):
+            axis.set_xticks([]), axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            group, place = divmod(column, NUM_SHOWN + 1)
+            if place == NUM_SHOWN:
+                continue
+            axis.imshow(images[group * NUM_SHOWN + place].permute(1, 2, 0), interpolation="nearest")
+            if row == 0 and place == NUM_SHOWN // 2:
+                axis.set_title(names[group], fontsize=9)
+        axes[row, 0].set_ylabel(title, fontsize=9)
+    figure.subplots_adjust(left=0.03, right=0.999, top=0.92, bottom=0.005, wspace=0.03, hspace=0.03)
+    write(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--base", type=Path, default=HERE / "base")
+    parser.add_argument("--domain", choices=list(DOMAINS), default="near")
+    parser.add_argument("--max_train_steps", type=int, default=500)
+    parser.add_argument("--learning_rate", type=float, default=8e-3)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--num_inference_steps", type=int, default=15)
+    args = parser.parse_args()
+
+    adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
+    precision = fastest_precision()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    result = train_difffit.main(
+        train_difffit.parse_args(
+            [
+                *("--pretrained_model_name_or_path", str(args.base)),
+                *("--train_data_dir", str(HERE / "data" / args.domain / "train.parquet")),
+                *("--output_dir", str(adapter)),
+                *("--cache_dir", str(cache)),
+                *("--train_batch_size", "32"),
+                *("--max_train_steps", str(args.max_train_steps)),
+                *("--learning_rate", str(args.learning_rate)),
+                *("--lr_scheduler", "cosine"),
+                *("--lr_warmup_steps", "20"),
+                *("--snr_gamma", "5"),  # as the base was trained
+                *("--mixed_precision", precision),
+                *("--num_validation_images", "0"),
+                *("--num_held_out_images", "0"),
+                *("--report_to", "none"),
+                *("--checkpointing_steps", "1000000"),  # it takes minutes, and may be run again
+                "--no-random_flip",
+            ]
+        )
+    )
+
+    new = list(DOMAINS[args.domain].values())
+    names = list(DOMAINS[args.domain])
+    train = real(new, NUM_CLASSIFIED, "train", cache)
+    known = real([(style, {}) for style in BASE], NUM_CLASSIFIED, "train", cache)
+    held_out, other = (real(new, NUM_HELD_OUT, split, cache) for split in ("test", "other"))
+
+    pipe = DiTPipeline.from_pretrained(args.base, dtype=dtype)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    labels = [label for label in range(len(new)) for _ in range(NUM_HELD_OUT)]
+    before = sample(pipe, [NULL_CLASS] * len(labels), args, "Sampling the base")
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
+    after = sample(pipe, labels, args, "Sampling the adapted model")
+
+    picture = args.output_dir / "before_after.png"
+    shown = [label * NUM_HELD_OUT + seed for label in range(len(new)) for seed in range(NUM_SHOWN)]
+    draw({"base": before[shown], "DiffFit": after[shown], "real": held_out[shown]}, names, picture)
+
+    torch.manual_seed(0)
+    styles = torch.arange(len(new) + len(BASE)).repeat_interleave(NUM_CLASSIFIED)
+    classifier = Classifier(len(new) + len(BASE)).fit(torch.cat([train, known]), styles, steps=600)
+    accuracy = {name: classifier.accuracy(x, torch.tensor(labels)) for name, x in (("after", after), ("real", other))}
+    features = ImageNetFeatures(train)
+    distance = {
+        name: frechet_distance(features, held_out, images)
+        for name, images in (("base", before), ("adapted", after), ("real", other))
+    }
+    print(
+        f"\nFréchet distance to {len(held_out)} held-out pictures, on 64 components of EfficientNet-Lite0's features: "
+        f"base {distance['base']:.1f}, adapted {distance['adapted']:.1f} (other real ones: {distance['real']:.1f})\n"
+        f"Adapted samples that a classifier of {len(new) + len(BASE)} styles takes for theirs: "
+        f"{accuracy['after']:.0%} (other real ones: {accuracy['real']:.0%})\n"
+        f"Trained parameters: {result.trained_parameters:,}, {result.trained_share:.2%} of the base's\n"
+        f"Adapter: {adapter}, {result.adapter_bytes:,} bytes\n"
+        f"{result.steps} steps, {result.seconds_per_step:.2f} s each, in {precision.replace('no', 'fp32')}\n"
+        f"Picture: {picture}"
+    )
+
+
+if __name__ == "__main__":
+    main()

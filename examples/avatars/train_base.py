@@ -1,0 +1,315 @@
+"""Trains the bundled base from scratch: a small VAE, then a small class-conditional DiT on 42 styles of avatars.
+
+    pip install -e ".[avatars]"
+    python examples/avatars/train_base.py
+
+Three stages (VAE; its decoder once more, on fixed latents; DiT), each checkpointed in `--work_dir`: run the command
+again and it goes on where it was stopped. Every batch is drawn from a generator seeded with its step, so an interrupted
+run sees the same batches. The VAE sees the styles of the base and the training split of Twemoji, as a published VAE
+sees images of every kind; the DiT sees the styles alone. Writes a half-precision `DiTPipeline` folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from render import BASE, CACHE, pictures
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from difffit_peft.training.losses import diffusion_loss
+
+HERE = Path(__file__).resolve().parent
+NULL_CLASS = 1000
+PREVIEW = ["adventurer", "big-smile", "lorelei", "pixel-art", "notionists", "toon-head", "fun-emoji", "landscape"]
+BATCH_OF_VAE = 8
+
+
+def to_float(pixels: np.ndarray) -> Tensor:
+    """uint8 (N, side, side, 3) to float32 (N, 3, side, side) between -1 and 1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save(state: dict | Tensor, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(path)
+
+
+def new_vae() -> AutoencoderKL:
+    """To 16x16x8 latents: thin lines need more than the four channels that are usual."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=16,
+        latent_channels=8,
+        sample_size=64,
+        scaling_factor=1.0,
+    )
+
+
+def train_vae(styles: list[np.ndarray], args: argparse.Namespace) -> AutoencoderKL:
+    """A VAE whose latents have mean 0 and variance 1 in every channel."""
+    torch.manual_seed(args.seed)
+    vae = new_vae()
+    if args.vae_init:
+        widen(vae, AutoencoderKL.from_pretrained(args.vae_init))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.vae_steps)
+    checkpoint, step = args.work_dir / "vae.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        vae.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        step = state["step"]
+
+    bar = tqdm(range(step, args.vae_steps), desc="VAE", initial=step, total=args.vae_steps, mininterval=5)
+    average = None
+    for step in bar:
+        generator = torch.Generator().manual_seed(step)
+        style = torch.randint(len(styles), (BATCH_OF_VAE,), generator=generator).tolist()
+        row = torch.rand(BATCH_OF_VAE, generator=generator).tolist()
+        batch = to_float(np.stack([styles[s][int(r * len(styles[s]))] for s, r in zip(style, row, strict=True)]))
+        if torch.rand((), generator=generator) < 0.5:
+            batch = batch.flip(-1)
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        mse = F.mse_loss(decoded, batch)
+        loss = F.l1_loss(decoded, batch) + mse + 1e-4 * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        psnr = -10 * torch.log10(mse.detach() / 4).item()
+        average = psnr if average is None else 0.98 * average + 0.02 * psnr
+        bar.set_postfix(psnr=f"{average:.1f} dB")
+        if (step + 1) % 250 == 0 or step + 1 == args.vae_steps:
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+            with torch.no_grad():
+                shown = torch.cat([batch[:8], decoded[:8]]).add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1)
+            make_image_grid(DiTPipeline.numpy_to_pil(shown.numpy()), 2, 8).save(args.work_dir / "vae.png")
+    vae.eval().requires_grad_(False)
+    whiten(vae, torch.cat([encode(vae, style[:50]) for style in styles]).float())
+    return vae
+
+
+def widen(vae: AutoencoderKL, other: AutoencoderKL) -> None:
+    """Copies the weights of a VAE with fewer latent channels; what the further channels add starts small."""
+    tensors = vae.state_dict()
+    for name, small in other.state_dict().items():
+        wide = tensors[name]
+        if wide.shape == small.shape:
+            wide.copy_(small)
+            continue
+        wide.mul_(0.1)
+        index = [torch.arange(size) for size in small.shape]
+        moments = {"encoder.conv_out": [0], "quant_conv": [0, 1]}.get(name.rpartition(".")[0], [])
+        for dim in moments[: small.dim()]:  # channels of means, then of logarithms of variances
+            half = small.shape[dim] // 2
+            index[dim] = torch.cat([index[dim][:half], index[dim][:half] + wide.shape[dim] // 2])
+        wide[torch.meshgrid(*index, indexing="ij")] = small
+
+
+def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Folds each latent channel's mean and deviation into the 1x1 convolutions around the latent."""
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    quant, post_quant, c = vae.quant_conv, vae.post_quant_conv, len(mean)
+    quant.weight[:c] /= std.view(-1, 1, 1, 1)
+    quant.bias[:c] = (quant.bias[:c] - mean) / std
+    quant.bias[c:] -= 2 * std.log()
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight *= std.view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: np.ndarray) -> Tensor:
+    """uint8 (N, 64, 64, 3) to latents (N, 8, 16, 16) in half precision."""
+    starts = range(0, len(pixels), 10)
+    return torch.cat([vae.encode(to_float(pixels[i : i + 10])).latent_dist.mean.half() for i in starts])
+
+
+def latents_of(vae: AutoencoderKL, args: argparse.Namespace) -> list[Tensor]:
+    """The latents of each style, (N, 8, 16, 16) in half precision, encoded once and kept in `--work_dir`."""
+    latents = []
+    for style in tqdm(BASE, desc="Latents"):
+        path = args.work_dir / f"{style}-{args.pictures_per_style}.pt"
+        if not path.exists():
+            save(encode(vae, pictures(style, 5000, cache_dir=args.cache_dir)[: args.pictures_per_style]), path)
+        latents.append(torch.load(path))
+    return latents
+
+
+def initialise(dit: DiTTransformer2DModel) -> None:
+    """adaLN-zero (Peebles & Xie 2023): every block starts as the identity, the output as zero."""
+    for block in dit.transformer_blocks:
+        block.norm1.linear.weight.data.zero_(), block.norm1.linear.bias.data.zero_()
+    for layer in (dit.proj_out_1, dit.proj_out_2):
+        layer.weight.data.zero_(), layer.bias.data.zero_()
+    embedder = dit.transformer_blocks[0].norm1.emb
+    torch.nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
+    for block in dit.transformer_blocks:  # one embedder, as in the paper; saved below as equal copies
+        block.norm1.emb = embedder
+
+
+def new_dit() -> DiTTransformer2DModel:
+    """Width 288 in heads of 72, as DiT-XL/2's; 6 blocks."""
+    return DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=72,
+        in_channels=8,
+        out_channels=16,
+        num_layers=6,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+    ).eval()  # train mode would drop labels in every block apart; they are dropped below, once per sample
+
+
+def refine_decoder(
+    vae: AutoencoderKL, latents: list[Tensor], styles: list[np.ndarray], args: argparse.Namespace
+) -> None:
+    """Trains the decoder alone, on the latents that the DiT learns to draw and a little noise."""
+    torch.manual_seed(args.seed)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=args.decoder_steps)
+    checkpoint, step = args.work_dir / "decoder.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        decoder.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        step = state["step"]
+
+    bar = tqdm(range(step, args.decoder_steps), desc="Decoder", initial=step, total=args.decoder_steps, mininterval=5)
+    average = None
+    for step in bar:
+        generator = torch.Generator().manual_seed(step)
+        style = torch.randint(len(latents), (BATCH_OF_VAE,), generator=generator).tolist()
+        row = torch.rand(BATCH_OF_VAE, generator=generator).tolist()
+        picked = [(s, int(r * len(latents[s]))) for s, r in zip(style, row, strict=True)]
+        batch = to_float(np.stack([styles[s][i] for s, i in picked]))
+        latent = torch.stack([latents[s][i] for s, i in picked]).float()
+        decoded = vae.decode(latent + 0.03 * torch.randn(latent.shape, generator=generator)).sample
+        mse = F.mse_loss(decoded, batch)
+        (F.l1_loss(decoded, batch) + mse).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        psnr = -10 * torch.log10(mse.detach() / 4).item()
+        average = psnr if average is None else 0.98 * average + 0.02 * psnr
+        bar.set_postfix(psnr=f"{average:.1f} dB")
+        if (step + 1) % 250 == 0 or step + 1 == args.decoder_steps:
+            state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+            save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+    decoder.requires_grad_(False)
+
+
+def train_dit(latents: list[Tensor], scheduler: DDIMScheduler, vae: AutoencoderKL, args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    dit = new_dit()
+    initialise(dit)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    # warm up, hold, and fall to 1 % over the last quarter: --dit_steps may be changed until then
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 300, 1, max(0.01, 4 * (1 - step / args.dit_steps))))
+    ema = EMAModel(dit.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
+    checkpoint, step = args.work_dir / "dit.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        dit.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"]), schedule.load_state_dict(state["schedule"])
+        step = state["step"]
+
+    bar = tqdm(range(step, args.dit_steps), desc="DiT", initial=step, total=args.dit_steps, mininterval=5)
+    average = None
+    for step in bar:
+        generator = torch.Generator().manual_seed(step)
+        y = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        rows = torch.rand(args.batch_size, generator=generator).tolist()
+        x_0 = torch.stack([latents[c][int(r * len(latents[c]))] for c, r in zip(y.tolist(), rows, strict=True)]).float()
+        noise = torch.randn(x_0.shape, generator=generator)
+        timesteps = torch.randint(1000, y.shape, generator=generator)
+        y = torch.where(torch.rand(y.shape, generator=generator) < 0.1, NULL_CLASS, y)
+        output = dit(scheduler.add_noise(x_0, noise, timesteps), timestep=timesteps, class_labels=y).sample
+        loss = diffusion_loss(output, x_0, noise, timesteps, scheduler, snr_gamma=5).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        ema.step(dit.parameters())
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}")
+        if (step + 1) % 250 == 0 or step + 1 == args.dit_steps:
+            state = {"model": dit.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+            save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+            print(f"\nstep {step + 1}: loss {average:.4f}", flush=True)
+        if (step + 1) % args.saving_steps == 0 or step + 1 == args.dit_steps:
+            ema.store(dit.parameters()), ema.copy_to(dit.parameters())
+            write(dit, vae, scheduler, args.work_dir / f"step-{step + 1:06d}")
+            ema.restore(dit.parameters())
+
+
+def write(trained: DiTTransformer2DModel, vae: AutoencoderKL, scheduler: DDIMScheduler, folder: Path) -> None:
+    """Saves a half-precision pipeline, and a grid of its samples beside it."""
+    dit = new_dit()  # a plain model again, with its own copy of the embedder in every block
+    dit.load_state_dict(trained.state_dict())
+    id2label = dict(enumerate(BASE))
+    pipe = DiTPipeline(dit.half(), copy.deepcopy(vae).half(), scheduler, id2label=id2label)
+    pipe.register_to_config(id2label=id2label)  # DiTPipeline does not, and would save no labels
+    pipe.save_pretrained(folder)
+    pipe = DiTPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(leave=False, desc="Preview")
+    labels = [BASE.index(name) for name in PREVIEW for _ in range(8)]
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(labels, guidance_scale=1.5, num_inference_steps=15, generator=generator).images
+    make_image_grid(images, len(PREVIEW), 8).save(folder.with_suffix(".png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=HERE / "base")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/avatars/base"), help="checkpoints and previews")
+    parser.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
+    parser.add_argument("--vae_init", help="an AutoencoderKL of the same widths to start from")
+    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--decoder_steps", type=int, default=2400)
+    parser.add_argument("--stage", choices=["all", "decoder", "dit"], default="all", help="so that two can run at once")
+    parser.add_argument("--pictures_per_style", type=int, default=5000)
+    parser.add_argument("--dit_steps", type=int, default=40000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=6e-4)
+    parser.add_argument("--saving_steps", type=int, default=1000)
+    parser.add_argument("--num_threads", type=int, default=2, help="one, where other programs run beside")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.num_threads)
+
+    twemoji = load_dataset("parquet", data_files=str(HERE / "data/twemoji/train.parquet"), split="train")
+    styles = [pictures(style, 5000, cache_dir=args.cache_dir) for style in BASE]
+    vae = train_vae([*styles, np.stack(list(twemoji.with_format("numpy")["image"]))], args)
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    latents = latents_of(vae, args)
+    if args.stage != "dit":
+        refine_decoder(vae, latents, styles, args)
+    if args.stage != "decoder":
+        train_dit(latents, scheduler, vae, args)
+    shutil.copytree(args.work_dir / f"step-{args.dit_steps:06d}", args.output_dir, dirs_exist_ok=True)
+    print(f"{args.output_dir}: {sum(f.stat().st_size for f in args.output_dir.rglob('*') if f.is_file()):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
