@@ -322,7 +322,38 @@ def test_parquet_that_datasets_does_not_find_is_said(tmp_path, load, caplog):
     write_parquet(tmp_path / "data" / "train.parquet", [0, 1], feature)
     write_parquet(tmp_path / "data" / "__more__" / "train.parquet", [1], feature)
     assert load(tmp_path / "data").labels.tolist() == [0, 1]
-    assert "does not find __more__/train.parquet, which are left out" in caplog.text
+    assert "does not find __more__/train.parquet, which are left out: it follows no links" in caplog.text
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "data").symlink_to(tmp_path / "data", target_is_directory=True)
+    with pytest.raises(
+        ValueError, match=r"links holds parquet files \(data/__more__.*does not find: it follows no links"
+    ):
+        load(tmp_path / "links")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("name,label\n0.png,ant\n", "metadata.csv in .*images cannot be read as metadata of images: .*file_name"),
+        ("", "metadata.csv in .*images cannot be read as metadata of images: No columns"),
+        (
+            "file_name,label\n0.png,ant\n1.png,bee,3\n",
+            "cannot be read as metadata of images: .*Expected 2 fields in line 3, saw 3",
+        ),
+    ],
+)
+def test_refuses_metadata_that_is_none(tmp_path, load, metadata, message):
+    folder = write_folder(tmp_path / "images")
+    (folder / "metadata.csv").write_text(metadata)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_refuses_parquet_that_is_cut_off(tmp_path, load):
+    path = write_parquet(tmp_path / "data.parquet", ["ant"], Value("string"))
+    cut(path)
+    with pytest.raises(ValueError, match="data.parquet.*cannot be read: .*Parquet"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -490,6 +521,7 @@ def test_refuses_columns_of_another_type(tmp_path, load):
         ([0, 20_000_000], Value("int64"), "integers from 0 to 20000000.*must lie in 0 to 99999. Make them strings if"),
         ([0, None], ClassLabel(names=["ant", "bee"]), "empty in row 1"),
         (["ant", "bee", None], Value("string"), "empty in row 2"),
+        (["ant", ""], Value("string"), "empty in row 1"),
     ],
 )
 def test_refuses_labels_out_of_range(tmp_path, load, values, feature, message):

@@ -26,9 +26,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageColor
 import PIL.ImageOps
+import pyarrow
 import torch
 from datasets import ClassLabel, Features, Image, Value, load_dataset, load_dataset_builder
 from datasets import Dataset as Table
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers import AutoencoderKL
 from filelock import FileLock
@@ -132,14 +135,17 @@ def load_labelled_images(
         )
     if dataset_name is not None and Path(dataset_name).exists():  # `datasets` would read it, by rules of its own
         raise ValueError(
-            f"dataset_name {dataset_name!r} is a folder or file here: give it as train_data_dir. If the dataset of that "
-            "name on the Hub is meant, give its full id, user/name, or call the script in another folder."
+            f"dataset_name {dataset_name!r} is a folder or file here: give it as train_data_dir. If the dataset of "
+            "that name on the Hub is meant, give its full id, user/name, or call the script in another folder."
         )
     cache_dir = None if cache_dir is None else str(cache_dir)
-    if train_data_dir is not None:
-        table = _load_local(Path(train_data_dir), split, cache_dir)
-    else:
-        table = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+    try:
+        if train_data_dir is not None:
+            table = _load_local(Path(train_data_dir), split, cache_dir)
+        else:
+            table = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+    except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:  # they do not say what is wrong, or where
+        raise ValueError(f"{dataset_name or train_data_dir} cannot be read: {error.__cause__ or error}") from error
     if len(table) == 0:
         raise ValueError(f"{dataset_name or train_data_dir}: split {split!r} has no rows, so nothing can be trained.")
     for argument, column in (("image_column", image_column), ("label_column", label_column)):
@@ -293,7 +299,10 @@ def _load_classes(root: Path, scan: _Scan) -> Table:
 def _load_metadata(root: Path, scan: _Scan, split: str, cache_dir: str | None) -> Table:
     """The rows of the metadata files, which alone decide what is read."""
     files = [glob.escape(str(root / file)) for file in scan.metadata]
-    table = load_dataset("imagefolder", data_files={split: files}, split=split, cache_dir=cache_dir)
+    try:
+        table = load_dataset("imagefolder", data_files={split: files}, split=split, cache_dir=cache_dir)
+    except ValueError as error:
+        raise ValueError(f"{_listed(scan.metadata)} in {root} cannot be read as metadata of images: {error}") from error
     columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
     named = {
         path for name in columns for path in table.cast_column(name, Image(decode=False)).flatten()[f"{name}.path"][:]
@@ -305,11 +314,18 @@ def _load_metadata(root: Path, scan: _Scan, split: str, cache_dir: str | None) -
 
 def _load_parquet(path: Path, split: str, cache_dir: str | None) -> Table:
     """What `datasets` takes for the files of a split, and a warning if it finds fewer than there are."""
-    builder = load_dataset_builder("parquet", data_dir=glob.escape(str(path)), cache_dir=cache_dir)
+    files = _scan(path).parquet
+    why = "it follows no links to folders, and passes over names that start with __"
+    try:
+        builder = load_dataset_builder("parquet", data_dir=glob.escape(str(path)), cache_dir=cache_dir)
+    except EmptyDatasetError as error:
+        raise ValueError(
+            f"train_data_dir {path} holds parquet files ({_listed(files)}) that `datasets` does not find: {why}. Give "
+            "the folder that they lie in, or one of the files."
+        ) from error
     found = {file for files in builder.config.data_files.values() for file in files}
-    missed = [file for file in _scan(path).parquet if str(path / file) not in found]
-    if missed:
-        logger.warning("%s: `datasets` does not find %s, which are left out.", path, _listed(missed))
+    if missed := [file for file in files if str(path / file) not in found]:
+        logger.warning("%s: `datasets` does not find %s, which are left out: %s.", path, _listed(missed), why)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
@@ -334,8 +350,10 @@ def _labels(table: Table, column: str, max_classes: int | None) -> tuple[Tensor,
             f"label_column {column!r} holds {feature}: expected one class per image, as a ClassLabel, a string or an "
             f"integer. The columns are {table.column_names}."
         )
-    if None in values:
-        raise ValueError(f"label_column {column!r} is empty in row {values.index(None)}: every image needs a class.")
+    for nothing in (None, ""):
+        if nothing in values:
+            row = values.index(nothing)
+            raise ValueError(f"label_column {column!r} is empty in row {row}: every image needs a class.")
     if dtype in _STRINGS:
         names = sorted(set(values))
         index = {name: i for i, name in enumerate(names)}
