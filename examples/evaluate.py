@@ -13,6 +13,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -214,6 +215,8 @@ def main(args: argparse.Namespace) -> dict:
     if args.num_images <= NEIGHBOURS:
         raise ValueError(f"--num_images is {args.num_images}: recall needs {NEIGHBOURS + 1} images or more.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if not accelerator.is_local_main_process:
+        logging.getLogger("difffit_peft").setLevel(logging.ERROR)  # its warnings are the same in all processes
     with accelerator.local_main_process_first():  # it downloads for the others
         extractor = load_extractor(args.features).eval().requires_grad_(False).to(accelerator.device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
@@ -237,6 +240,7 @@ def main(args: argparse.Namespace) -> dict:
         seed=args.seed,
         cache_dir=args.cache_dir,
     )
+    accelerator.print(data.summary())
     if len(data) <= NEIGHBOURS:
         raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
     if args.adapter:

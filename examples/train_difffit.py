@@ -9,11 +9,11 @@ finds it, and pictures of fixed classes and seeds to `--output_dir/validation`. 
 
 import argparse
 import json
+import logging
 import math
 import resource
 import signal
 import statistics
-import zlib
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -239,6 +239,8 @@ def main(args: argparse.Namespace) -> Result:
         raise ValueError(
             "--mixed_precision fp16 is not for FSDP2, whose gradients Accelerate scales back twice: use bf16."
         )
+    if not accelerator.is_local_main_process:
+        logging.getLogger("difffit_peft").setLevel(logging.ERROR)  # its warnings are the same in all processes
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:  # now, rather than find in the end that it cannot be
         name = args.hub_model_id or args.output_dir.resolve().name
@@ -269,6 +271,7 @@ def main(args: argparse.Namespace) -> Result:
         seed=args.seed,
         cache_dir=args.cache_dir,
     )
+    accelerator.print(data.summary())
     if args.validation_labels:
         classes = [data.class_index(label) for label in args.validation_labels]
     else:
@@ -344,8 +347,6 @@ def main(args: argparse.Namespace) -> Result:
     )
 
     run = {
-        "data": dataset.key,
-        "labels": zlib.crc32(dataset.labels.numpy().tobytes()),
         "classes": data.class_names,
         "base": base,
         "held_out_images": len(held_out),
@@ -355,6 +356,7 @@ def main(args: argparse.Namespace) -> Result:
         "r": args.r,
         "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
     } | {name: getattr(args, name) for name in SETTINGS}
+    run |= dataset.about  # the images, and what shaped their latents
     history: dict[str, list] = {"training": [], "validation": [], "grids": []}
     if args.resume_from_checkpoint:
         path = found[-1] if found else None

@@ -3,7 +3,9 @@
 import io
 import os
 import pickle
+import shutil
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -20,7 +22,6 @@ from difffit_peft.training.data import (
     LatentDataset,
     center_crop,
     encode_latents,
-    latents_key,
     load_labelled_images,
     parse_colour,
     sample_latents,
@@ -183,6 +184,92 @@ def test_folder_of_splits(tmp_path, load):
     assert len(load(tmp_path / "images", split="test")) == 2
 
 
+def files_of(data: LabelledImages) -> list[str]:
+    """The last two parts of the images' paths."""
+    return ["/".join(row["image"]["path"].split("/")[-2:]) for row in data.images]
+
+
+def write_zip(path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(name, png(picture(50 + i)))
+
+
+@pytest.mark.parametrize("links", [["ant"], ["ant", "bee", "__other__"]])
+def test_every_folder_with_images_is_a_class(tmp_path, load, caplog, links):
+    """Also one that is a link, as a whole or in its images, and one with a name that `datasets` passes over."""
+    folder = write_folder(tmp_path / "images", ["ant", "bee", "__other__"])
+    for name in links:
+        (folder / name).rename(tmp_path / f"the {name}s")
+        (folder / name).symlink_to(tmp_path / f"the {name}s", target_is_directory=True)
+    (folder / "bee" / "2.PNG").symlink_to(folder / "ant" / "0.png")
+    data = load(folder)
+    assert data.class_names == ["__other__", "ant", "bee"]
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2, 2]
+    assert files_of(data)[-3:] == ["bee/0.png", "bee/1.png", "bee/2.PNG"]
+    assert caplog.text == ""
+
+
+def test_what_is_left_out_is_said(tmp_path, load, caplog):
+    folder = write_folder(tmp_path / "images", ["cat", "dog"])
+    write_zip(folder / "cat" / "cats.zip", "0.png", "1.png")
+    write_zip(folder / "dog" / "more.zip", "cow/0.png")
+    write_zip(folder / "all.zip", "cat/0.png", "dog/0.png")
+    for name in ("horse", "goat", ".thumbs"):
+        (folder / name).mkdir()
+    picture().save(folder / ".thumbs" / "0.png")
+    for name in ("horse/0.heic", "dog/0.png.txt", "dog/plain", "dog/._0.png", "dog/.DS_Store", "cat/notes.md"):
+        (folder / name).write_bytes(b"no image")
+    (folder / "dog" / "round").symlink_to(folder, target_is_directory=True)
+    (folder / "wolf").symlink_to(tmp_path / "nowhere", target_is_directory=True)
+    data = load(folder)
+    assert data.class_names == ["cat", "dog"]
+    assert files_of(data) == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert caplog.messages == [
+        f"{folder}: this is left out.\n"
+        "  hidden: .thumbs, dog/._0.png\n"
+        "  .zip files: all.zip, cat/cats.zip, dog/more.zip\n"
+        "  .md files: cat/notes.md\n"
+        "  .txt files: dog/0.png.txt\n"
+        "  other files: dog/plain\n"
+        "  links to a folder that they lie in: dog/round\n"
+        "  .heic files: horse/0.heic\n"
+        "  links to nothing: wolf\n"
+        "  folders without images, which become no classes: goat, horse\n"
+        "Files that belong to the data must be converted to another format, or unpacked."
+    ]
+
+
+def test_many_files_that_are_left_out_are_counted(tmp_path, load, caplog):
+    folder = write_folder(tmp_path / "images")
+    for i in range(1007):
+        (folder / "ant" / f"{i:04d}.txt").touch()
+    load(folder)
+    assert "  .txt files: ant/0000.txt, ant/0001.txt, ant/0002.txt, ant/0003.txt, ant/0004.txt and 1,002 more\n" in (
+        caplog.text
+    )
+
+
+def test_links_in_circles_end(tmp_path, load):
+    """Also through a folder that lies elsewhere, and to one that holds the data."""
+    folder, elsewhere = write_folder(tmp_path / "images"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "ant" / "elsewhere").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(folder / "ant", target_is_directory=True)
+    (folder / "bee" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "bee" / "itself").symlink_to("itself")
+    assert files_of(load(folder)) == ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"]
+
+
+def test_what_lies_beside_a_split_is_said(tmp_path, load, caplog):
+    folder = tmp_path / "images"
+    write_folder(folder / "train")
+    write_folder(folder, ["cow", "test"])
+    assert load(folder).class_names == ["ant", "bee"]
+    assert caplog.messages == [f"{folder / 'train'}: this is left out.\n  what lies beside train/: cow, test"]
+
+
 def test_one_class(tmp_path, load):
     data = load(write_folder(tmp_path / "images", ["ant"]))
     assert data.class_names == ["ant"]
@@ -197,6 +284,26 @@ def test_folder_with_metadata(tmp_path, load):
     assert data.labels.tolist() == [1, 0]
 
 
+def test_metadata_decides_and_what_it_does_not_name_is_said(tmp_path, load, caplog):
+    folder = write_folder(tmp_path / "images", ["all", "rest"])
+    (folder / "metadata.csv").write_text("file_name,label\nall/1.png,bee\nrest/0.png,ant\nall/1.png,cow\n")
+    write_zip(folder / "all.zip", "0.png")
+    data = load(folder)
+    assert files_of(data) == ["all/1.png", "rest/0.png", "all/1.png"]
+    assert [data.class_names[i] for i in data.labels] == ["bee", "ant", "cow"]
+    assert "images that metadata.csv does not name: all/0.png, rest/1.png\n" in caplog.text
+    assert ".zip files: all.zip\n" in caplog.text
+
+
+def test_metadata_of_splits_stays_apart(tmp_path, load):
+    for split, label in (("train", "ant"), ("test", "bee")):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        picture().save(tmp_path / "images" / split / "0.png")
+        (tmp_path / "images" / split / "metadata.csv").write_text(f"file_name,label\n0.png,{label}\n")
+    assert files_of(load(tmp_path / "images")) == ["train/0.png"]
+    assert load(tmp_path / "images", split="test").class_names == ["bee"]
+
+
 def test_parquet_file_and_folder(tmp_path, load):
     (tmp_path / "data").mkdir()
     feature = ClassLabel(names=["ant", "bee", "cow"])
@@ -207,6 +314,46 @@ def test_parquet_file_and_folder(tmp_path, load):
         assert data.class_names == ["ant", "bee", "cow"]
         assert data.labels.tolist() == [2, 0, 2]
     assert load(path.parent, split="test").labels.tolist() == [1]
+
+
+def test_parquet_that_datasets_does_not_find_is_said(tmp_path, load, caplog):
+    feature = ClassLabel(names=["ant", "bee"])
+    (tmp_path / "data" / "__more__").mkdir(parents=True)
+    write_parquet(tmp_path / "data" / "train.parquet", [0, 1], feature)
+    write_parquet(tmp_path / "data" / "__more__" / "train.parquet", [1], feature)
+    assert load(tmp_path / "data").labels.tolist() == [0, 1]
+    assert "does not find __more__/train.parquet, which are left out: it follows no links" in caplog.text
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "data").symlink_to(tmp_path / "data", target_is_directory=True)
+    with pytest.raises(
+        ValueError, match=r"links holds parquet files \(data/__more__.*does not find: it follows no links"
+    ):
+        load(tmp_path / "links")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("name,label\n0.png,ant\n", "metadata.csv in .*images cannot be read as metadata of images: .*file_name"),
+        ("", "metadata.csv in .*images cannot be read as metadata of images: No columns"),
+        (
+            "file_name,label\n0.png,ant\n1.png,bee,3\n",
+            "cannot be read as metadata of images: .*Expected 2 fields in line 3, saw 3",
+        ),
+    ],
+)
+def test_refuses_metadata_that_is_none(tmp_path, load, metadata, message):
+    folder = write_folder(tmp_path / "images")
+    (folder / "metadata.csv").write_text(metadata)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_refuses_parquet_that_is_cut_off(tmp_path, load):
+    path = write_parquet(tmp_path / "data.parquet", ["ant"], Value("string"))
+    cut(path)
+    with pytest.raises(ValueError, match="data.parquet.*cannot be read: .*Parquet"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +367,13 @@ def test_labels_that_are_no_class_label(tmp_path, load, values, feature, names, 
     data = load(write_parquet(tmp_path / "data.parquet", values, feature))
     assert data.class_names == names
     assert data.labels.tolist() == labels
+
+
+def test_integers_are_indices(tmp_path, load):
+    """A class that no image has is one all the same."""
+    data = load(write_parquet(tmp_path / "data.parquet", [1, 2, 2], Value("int64")), max_classes=3)
+    assert data.class_names == ["0", "1", "2"]
+    assert data.summary() == "3 images in 3 classes: 0 0, 1 1, 2 2\nNo images of 0"
 
 
 def test_other_column_names(tmp_path, load):
@@ -240,6 +394,16 @@ def test_max_samples_draws_images_with_their_labels(tmp_path, load):
     assert load(folder, max_samples=6, seed=3).labels.tolist() == data.labels.tolist()
     assert load(folder, max_samples=6, seed=4).labels.tolist() != data.labels.tolist()
     assert len(data.class_names) == 10
+
+
+def test_summary():
+    labels = torch.tensor([1, 0, 1])
+    assert LabelledImages([None] * 3, labels, ["ant", "bee"]).summary() == "3 images in 2 classes: ant 1, bee 2"
+    names = [f"c{i}" for i in range(30)]
+    labels = torch.tensor([i for i in range(29) for _ in range(1 + i)])
+    summary = LabelledImages([None] * len(labels), labels, names).summary()
+    assert summary.startswith("435 images in 30 classes: c0 1, c1 2, c2 3")
+    assert summary.endswith("c19 20, and 10 more of 0 to 29 images each\nNo images of c29")
 
 
 def test_class_index():
@@ -279,6 +443,47 @@ def test_refuses_what_holds_no_images(tmp_path, load):
         load(tmp_path / "empty", dataset_name="some/data")
     with pytest.raises(ValueError, match="exactly one"):
         load(None)
+    folder = write_folder(tmp_path / "images")
+    with pytest.raises(ValueError, match="images' is a folder or file here: give it as train_data_dir"):
+        load_labelled_images(str(folder), cache_dir=tmp_path / "cache")
+
+
+def test_refuses_a_folder_of_other_files(tmp_path, load):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "0.HEIC").write_bytes(b"no image")
+    write_zip(tmp_path / "images" / "dogs.zip", "0.png")
+    message = r"neither images(.|\n)*  .heic files: cat/0.HEIC\n  .zip files: dogs.zip\nFiles that .* converted"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "images")
+    with pytest.raises(ValueError, match="dogs.zip is a file but not .parquet.*unpack"):
+        load(tmp_path / "images" / "dogs.zip")
+
+
+def test_refuses_images_beside_parquet(tmp_path, load):
+    folder = write_folder(tmp_path / "images", ["assets"], count=1)
+    write_parquet(folder / "train.parquet", ["ant"], Value("string"))
+    with pytest.raises(ValueError, match=r"holds images \(assets/0.png\) and parquet files \(train.parquet\)"):
+        load(folder)
+
+
+def test_refuses_a_split_that_is_not_there(tmp_path, load):
+    """Rather than take the images that are trained on for others."""
+    folder = write_folder(tmp_path / "images", ["ant", "test"])
+    with pytest.raises(ValueError, match=f"split is 'test', but {folder}/test is no folder with classes"):
+        load(folder, split="test")
+    (folder / "metadata.csv").write_text("file_name,label\nant/0.png,ant\n")
+    with pytest.raises(ValueError, match="split is 'val', but .*/val is no folder with classes or metadata"):
+        load(folder, split="val")
+
+
+def test_refuses_names_that_are_no_text(tmp_path, load):
+    folder = write_folder(tmp_path / "images", ["ant"])
+    try:
+        os.rename(folder / "ant" / "0.png", os.fsencode(folder) + b"/ant/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(ValueError, match=r"names of ant/\\udcff.png in .* are not UTF-8: rename them"):
+        load(folder)
 
 
 @pytest.mark.parametrize("stray", ["stray.png", "ant/deeper/stray.png"])
@@ -313,8 +518,10 @@ def test_refuses_columns_of_another_type(tmp_path, load):
     [
         ([0, -1, -1], ClassLabel(names=["ant", "bee"]), r"is -1 in row 1 \(2 such rows\).*0 to 1"),
         ([0, -1], Value("int64"), r"is -1 in row 1 \(1 such rows\).*0 to 0"),
+        ([0, 20_000_000], Value("int64"), "integers from 0 to 20000000.*must lie in 0 to 99999. Make them strings if"),
         ([0, None], ClassLabel(names=["ant", "bee"]), "empty in row 1"),
         (["ant", "bee", None], Value("string"), "empty in row 2"),
+        (["ant", ""], Value("string"), "empty in row 1"),
     ],
 )
 def test_refuses_labels_out_of_range(tmp_path, load, values, feature, message):
@@ -327,13 +534,25 @@ def test_refuses_more_classes_than_the_base_has(tmp_path, load):
     assert len(load(folder, max_classes=3).class_names) == 3
     with pytest.raises(ValueError, match="3 classes, but the base's class table holds 2"):
         load(folder, max_classes=2)
+    path = write_parquet(tmp_path / "data.parquet", [1, 2, 3], Value("int64"))
+    with pytest.raises(ValueError, match="integers from 1 to 3.*must lie in 0 to 2. Subtract 1 from each"):
+        load(path, max_classes=3)
+    with pytest.raises(ValueError, match="integers from 1 to 3.*must lie in 0 to 1. Make them strings"):
+        load(path, max_classes=2)
 
 
 # Broken images
 
 
 def cached(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+    """What the folder holds of latents, whole or not."""
+    return sorted(path.name for path in folder.glob("latents-*") if path.suffix != ".lock")
+
+
+def identity(folder) -> list[tuple[int, int]]:
+    """Of the cached latents: it stays as it is if they are used."""
+    stats = [path.stat() for path in sorted(folder.glob("latents-*/latents.bin"))]
+    return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
 
 def cut(path) -> None:
@@ -396,12 +615,14 @@ def test_broken_images_are_left_out(tmp_path, load, vae, broken_folder, caplog, 
     assert "3 of 5 images cannot be read" in caplog.text and "left out" in caplog.text
     assert all(name in caplog.text for name in ("ant/1.png", "bee/0.png", "bee/1.png"))
     warned = caplog.text
+    assert "No image is left of bee" in warned
     caplog.clear()
-    (broken_folder / "ant" / "0.png").unlink()  # encoding again would leave it out too
+    before = identity(tmp_path / "latents")
     again = encode_latents(vae, data, SIDE, tmp_path / "latents", **options)
     assert torch.equal(again.mean, dataset.mean) and torch.equal(again.std, dataset.std)
     assert torch.equal(again.labels, dataset.labels)
     assert caplog.messages[0] in warned
+    assert identity(tmp_path / "latents") == before
 
 
 def test_a_cache_that_leaves_images_out_is_not_used_for_all(tmp_path, load, vae, broken_folder):
@@ -460,13 +681,108 @@ def test_latents_show_the_background(tmp_path, load, vae):
 def test_cached_latents_are_used(tmp_path, load, vae):
     data = load(write_folder(tmp_path / "images"))
     dataset = encode_latents(vae, data, SIDE, tmp_path / "latents")
-    assert dataset.key == latents_key(vae, data.images, SIDE, True)
     assert cached(tmp_path / "latents") == [f"latents-{dataset.key}"]
-    for path in (tmp_path / "images").rglob("*.png"):  # decoding again would fail
-        path.unlink()
+    before = identity(tmp_path / "latents")
     again = encode_latents(vae, data, SIDE, tmp_path / "latents")
     assert torch.equal(again.mean, dataset.mean) and torch.equal(again.std, dataset.std)
-    assert again.key == dataset.key
+    assert again.key == dataset.key and again.about == dataset.about
+    assert identity(tmp_path / "latents") == before
+
+
+def test_data_are_their_bytes(tmp_path, load, vae):
+    """New times, another folder and other names of files change nothing; other bytes of the same size and time do."""
+
+    def encode(folder) -> LatentDataset:
+        return encode_latents(vae, load(folder), SIDE, tmp_path / "latents")
+
+    folder = write_folder(tmp_path / "images")
+    dataset, before = encode(folder), identity(tmp_path / "latents")
+    file = folder / "bee" / "1.png"
+    os.utime(file, ns=(10**18, 10**18))
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "ant" / "1.png").rename(tmp_path / "copy" / "ant" / "a.png")
+    for same in (folder, tmp_path / "copy"):
+        again = encode(same)
+        assert (again.key, again.about) == (dataset.key, dataset.about)
+    assert identity(tmp_path / "latents") == before
+
+    stat, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size and file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert encode(folder).key != dataset.key
+
+
+def test_parquet_that_is_copied_is_the_same_data(tmp_path, load, vae):
+    path = write_parquet(tmp_path / "data.parquet", ["ant", "bee"], Value("string"))
+    first = encode_latents(vae, load(path), SIDE, tmp_path / "latents")
+    before = identity(tmp_path / "latents")
+    os.utime(shutil.copy(path, tmp_path / "copy.parquet"), ns=(10**18, 10**18))
+    second = encode_latents(vae, load(tmp_path / "copy.parquet"), SIDE, tmp_path / "latents")
+    assert (first.key, first.about) == (second.key, second.about)
+    assert identity(tmp_path / "latents") == before
+    folder = write_folder(tmp_path / "images", [])
+    for i, name in enumerate(["ant", "bee"]):
+        (write_folder(folder, [name], count=0) / name / "0.png").write_bytes(png(picture(i)))
+    assert encode_latents(vae, load(folder), SIDE, tmp_path / "latents").about == first.about
+
+
+def test_images_in_an_archive_are_their_bytes(tmp_path, load, vae):
+    """As `datasets` leaves those of a repository of archives: with paths into its own copy."""
+    (tmp_path / "images" / "ant").mkdir(parents=True)
+    write_zip(tmp_path / "images.zip", "ant/0.png", "ant/1.png")
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        archive.extractall(tmp_path / "images")
+    data = load(tmp_path / "images")
+    rows = {"image": [f"zip://ant/{i}.png::{tmp_path}/images.zip" for i in range(2)]}
+    packed = replace(data, images=Dataset.from_dict(rows, features=Features({"image": Image(decode=False)})))
+    plain = encode_latents(vae, data, SIDE, tmp_path / "latents")
+    assert encode_latents(vae, packed, SIDE, tmp_path / "other").key == plain.key
+
+
+def test_images_are_read_once_to_know_them(tmp_path, load, vae):
+    folder = write_folder(tmp_path / "images")
+    files = list(folder.rglob("*.png"))
+
+    def key(number: int) -> str:
+        return encode_latents(vae, load(folder), SIDE, tmp_path / f"latents {number}").key
+
+    def kept(number: int) -> list:
+        return [path for path in (tmp_path / f"latents {number}").glob("hashes-*") if path.suffix != ".lock"]
+
+    first = key(0)
+    assert kept(0) == []  # the files are so new that another change might not show
+    for file in files:
+        os.utime(file, ns=(10**18, 10**18))
+    assert key(0) == first
+    (hashes,) = kept(0)
+    whole = hashes.read_bytes()
+    assert len(whole) == 16 * len(files)
+    hashes.write_bytes(whole[:-1])
+    assert key(0) == first and hashes.read_bytes() == whole
+    hashes.write_bytes(whole[::-1])
+    assert key(0) != first  # so it was believed
+    os.utime(files[0], ns=(10**18, 10**18 + 1))
+    assert key(0) == first and len(kept(0)) == 2
+
+    files[0].write_bytes(b"")
+    os.utime(files[0], ns=(10**18, 10**18))
+    with pytest.raises(ValueError, match="1 of 4 images cannot be read"):
+        key(1)
+    assert kept(1) == []  # a disk that cannot be read now may be well tomorrow
+
+
+def test_about_says_what_differs(tmp_path, load, vae):
+    folder = write_folder(tmp_path / "images")
+    about = encode_latents(vae, load(folder), SIDE, tmp_path / "latents").about
+    assert {name: images[0] for name, images in about["images"].items()} == {"ant": 2, "bee": 2}
+    assert (about["resolution"], about["random_flip"], about["background"]) == (SIDE, True, [255, 255, 255])
+    (folder / "ant" / "0.png").rename(folder / "ant" / "2.png")
+    renamed = encode_latents(vae, load(folder), SIDE, tmp_path / "latents").about
+    assert {name for name in about if renamed[name] != about[name]} == {"order"}
+    picture(9).save(folder / "bee" / "0.png")
+    changed = encode_latents(vae, load(folder), SIDE, tmp_path / "latents").about
+    assert changed["images"]["ant"] == about["images"]["ant"] and changed["images"]["bee"] != about["images"]["bee"]
 
 
 def test_latents_stay_on_disk(tmp_path, load, vae):
@@ -497,20 +813,24 @@ def test_worker_processes_map_latents_again(tmp_path, load, vae):
 
 def test_the_key_holds_all_that_shapes_latents(tmp_path, load, vae):
     folder = write_folder(tmp_path / "images")
-    images = load(folder).images
-    key = latents_key(vae, images, SIDE, True)
-    assert latents_key(vae, load(folder).images, SIDE, True, "#ffffff") == key
+
+    def key(vae=vae, resolution=SIDE, images=None, **options) -> str:
+        data = load(folder)
+        data = data if images is None else replace(data, images=data.images.select(images))
+        return encode_latents(vae, data, resolution, tmp_path / "latents", **options).key
+
+    first = key()
+    assert key(background="#ffffff", batch_size=1) == first
     other = AutoencoderKL.from_config(vae.config)
-    keys = [latents_key(vae, images, 2 * SIDE, True), latents_key(vae, images, SIDE, False)]
-    keys += [latents_key(other, images, SIDE, True), latents_key(vae, images.select([1, 0]), SIDE, True)]
-    keys.append(latents_key(vae, images, SIDE, True, "black"))
+    keys = [key(resolution=2 * SIDE), key(random_flip=False), key(other), key(images=[1, 0, 2, 3])]
+    keys.append(key(background="black"))
     other.load_state_dict(vae.state_dict())
-    assert latents_key(other, images, SIDE, True) == key
+    assert key(other) == first
     other.register_to_config(scaling_factor=0.25)
-    keys.append(latents_key(other, images, SIDE, True))
+    keys.append(key(other))
     picture(99).save(folder / "ant" / "0.png")
-    keys.append(latents_key(vae, load(folder).images, SIDE, True))
-    assert len({key, *keys}) == 1 + len(keys)
+    keys.append(key())
+    assert len({first, *keys}) == 1 + len(keys)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "other shape", "no description", "no dictionary"])

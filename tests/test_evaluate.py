@@ -110,6 +110,7 @@ def test_batch_size_does_not_matter_but_the_seed_does(script, workdir, report, c
     for part in (
         "13 images",
         str(workdir / "adapter"),
+        "12 images in 3 classes: ant 6, bee 4, cow 2\n",
         "12 real images",
         "features.py:means",
         "subsets of 12 for lack",
@@ -126,8 +127,10 @@ def test_two_processes_give_what_one_gives(workdir, report):
     launch += ["--num_processes", "2", "--main_process_port", "0", EXAMPLES / "evaluate.py"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [*map(str, launch), *arguments(workdir, "two")]
+    (workdir / "images" / "notes.txt").touch()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("this is left out.\n  .txt files: notes.txt") == 1
     assert "7/7" in done.stderr  # each process sampled its half
     two = json.loads((workdir / "two" / "report.json").read_text())
     assert [two[name] for name in METRICS] == numbers(report)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_starts_from_the_bases_rows_when_the_labels_agree(script, workdir, capsy
     result = run(script, workdir, "same", *flags, base="labelled")
     config = PeftModel.from_pretrained(pipe.transformer, result.output_dir).peft_config["default"]
     assert config.init_class_rows == "base"
-    assert "base's own rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.index("12 images in 3 classes: ant 4, bee 4, cow 4") < printed.index("base's own rows")
     assert config.gamma_modules == []
     names = load_file(result.output_dir / "adapter_model.safetensors").keys()
     assert not any("gamma" in name for name in names) and any("difffit_B" in name for name in names)
@@ -209,7 +211,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
     ("flags", "message"),
     [
         (["--learning_rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
-        (["--no-random_flip"], "data was "),
+        (["--no-random_flip"], "random_flip was True and is False"),
         (["--gamma_modules", "attn1.to_q"], "gamma_modules was None and is"),
         (["--r", "1"], "r was 0 and is 1"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
@@ -220,6 +222,53 @@ def test_another_run_is_not_resumed(script, workdir, result, flags, message):
         run(script, workdir, "stopped", "--checkpointing_steps", "2", "--num_validation_images", "0")
     with pytest.raises(ValueError, match=message):
         run(script, workdir, "stopped", "--resume_from_checkpoint", "latest", "--num_validation_images", "0", *flags)
+
+
+def test_data_are_their_images_wherever_they_lie(script, workdir, tmp_path):
+    flags = ("--num_validation_images", "0", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest")
+    if not (workdir / "stopped").exists():
+        run(script, workdir, "stopped", *flags)
+    shutil.copytree(workdir / "stopped", workdir / "moved")
+    shutil.copytree(workdir / "images", tmp_path / "images", copy_function=shutil.copy)
+    flags += ("--train_data_dir", str(tmp_path / "images"))
+    assert run(script, workdir, "moved", *flags, "--max_train_steps", "5").steps == 5
+    (tmp_path / "images" / "cow").rename(tmp_path / "images" / "dog")
+    (tmp_path / "images" / "ant" / "3.png").unlink()
+    shutil.copy(tmp_path / "images" / "bee" / "0.png", tmp_path / "images" / "bee" / "1.png")
+    with pytest.raises(ValueError, match="belongs to another run: ") as error:
+        run(script, workdir, "moved", *flags)
+    listed = str(error.value).split("another run: ")[1].split(". Resume")[0].split("; ")
+    assert listed == [
+        "new classes: dog",
+        "classes that are gone: cow",
+        "ant had 4 images and has 3",
+        "of the 4 images of bee some are others",
+    ]
+
+
+def test_a_refusal_says_what_differs(tmp_path):
+    about = {"images": {f"c{i}": [2, "aa"] for i in range(9)}, "order": "aa", "vae": "aa", "background": [255] * 3}
+    saved = about | {"classes": list(about["images"]), "base": "aa", "seed": 0}
+    path = save_checkpoint(tmp_path, 1, {}, saved)
+    others = {f"c{i}": [2, "bb"] for i in range(9)}
+    for changed, words in [
+        ({"order": "bb"}, "the images come in another order"),
+        ({"order": "bb", "images": saved["images"] | {"c1": [3, "bb"]}}, "c1 had 2 images and has 3"),
+        ({"images": {name: saved["images"][name] for name in others if name != "c1"}}, "c1 had 2 images and has 0"),
+        (
+            {"images": others, "order": "bb"},
+            "; ".join(f"of the 2 images of c{i} some are others" for i in range(5))
+            + "; the images of 4 more classes differ",
+        ),
+        ({"classes": saved["classes"][::-1], "order": "bb"}, "the classes come in another order"),
+        ({"classes": saved["classes"] + ["new"]}, "new classes: new"),
+        ({"base": "bb", "vae": "bb"}, "the base's weights are others; the VAE's weights or config are others"),
+        ({"background": [0, 0, 0]}, r"background was [255, 255, 255] and is [0, 0, 0]"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(path, saved | changed)
+        assert str(error.value).startswith(f"{path} belongs to another run: {words}. Resume with the same data")
+    assert load_checkpoint(path, saved) == {}
 
 
 def test_a_folder_with_another_runs_checkpoints_is_not_written_to(script, workdir):

@@ -42,7 +42,7 @@ def save_checkpoint(
 
     Args:
         state: tensors and plain values, all that the run needs to go on.
-        run: what the run is, as JSON: data, base, settings. `load_checkpoint` compares it.
+        run: what the run is, as JSON: data (`LatentDataset.about`), base, settings. `load_checkpoint` compares it.
 
     Raises:
         OSError: if it cannot be written. Earlier checkpoints are then as they were.
@@ -82,15 +82,52 @@ def load_checkpoint(path: str | os.PathLike, run: dict[str, Any]) -> dict[str, A
     if not (path / "run.json").is_file() or not (path / "state.pt").is_file():
         raise ValueError(f"{path} is no checkpoint: it needs the files run.json and state.pt.")
     saved = json.loads((path / "run.json").read_text())
-    run = json.loads(json.dumps(run))
-    differing = [name for name in sorted(saved.keys() | run.keys()) if saved.get(name) != run.get(name)]
+    differing = _differences(saved, json.loads(json.dumps(run)))
     if differing:
         raise ValueError(
-            f"{path} belongs to another run: "
-            + ", ".join(f"{name} was {_short(saved.get(name))} and is {_short(run.get(name))}" for name in differing)
-            + ". Resume with the same data, base and settings, or start anew in another --output_dir."
+            f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same data, base and settings, or "
+            "start anew in another --output_dir."
         )
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+_IN_WORDS = {
+    "base": "the base's weights are others",
+    "vae": "the VAE's weights or config are others",
+    "order": "the images come in another order",
+}
+
+
+def _differences(saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """What differs between two runs, in words."""
+    differing = [name for name in sorted(saved.keys() | run.keys()) if saved.get(name) != run.get(name)]
+    if "images" in differing or "classes" in differing:  # the order is then another too
+        differing = [name for name in differing if name != "order"]
+    words = []
+    for name in differing:
+        old, new = saved.get(name), run.get(name)
+        if name == "images" and old and new:
+            other = set(saved.get("classes", [])) ^ set(run.get("classes", []))
+            words += _differing_images(old, new, sorted((old.keys() | new.keys()) - other))
+        elif name == "classes" and old and new:
+            added, gone = [c for c in new if c not in old], [c for c in old if c not in new]
+            words += [f"new classes: {', '.join(added[:5])}"] if added else []
+            words += [f"classes that are gone: {', '.join(gone[:5])}"] if gone else []
+            words += [] if added or gone else ["the classes come in another order"]
+        else:
+            words.append(_IN_WORDS.get(name) or f"{name} was {_short(old)} and is {_short(new)}")
+    return words
+
+
+def _differing_images(old: dict[str, list], new: dict[str, list], classes: list[str]) -> list[str]:
+    words = []
+    for name in classes:
+        (had, hash_then), (has, hash_now) = old.get(name, [0, ""]), new.get(name, [0, ""])
+        if had != has:
+            words.append(f"{name} had {had} images and has {has}")
+        elif hash_then != hash_now:
+            words.append(f"of the {has} images of {name} some are others")
+    return words if len(words) <= 5 else [*words[:5], f"the images of {len(words) - 5} more classes differ"]
 
 
 def _short(value: Any) -> str:
