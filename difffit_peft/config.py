@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import PIL.ImageColor
 import regex
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -51,6 +53,8 @@ class DiffFitConfig(PeftConfig):
         init_class_rows: where the rows of `num_classes` start. "null": from the null row, the class "anything". "base":
             from the base's own rows, for classes that the base knows by the same indices.
         sample_size: side of the latents the adapter is made for. `None`: the base's own.
+        background: colour that was behind transparent training images: a name that Pillow knows, or #rrggbb. It travels
+            with the adapter, so that an evaluation sees images as training did.
         modules_to_save: modules trained and saved whole beside the DiffFit layers.
         init_weights: `True` starts from γ = 1, δ = 0. `False` starts from random values (for tests).
         base_config: shape of the base the adapter belongs to. Filled in when the adapter is attached.
@@ -83,6 +87,9 @@ class DiffFitConfig(PeftConfig):
         default="null", metadata={"help": "Start the classes from the null row, or from the base's rows."}
     )
     sample_size: int | None = field(default=None, metadata={"help": "Latent side to adapt to. None: the base's own."})
+    background: str | None = field(
+        default=None, metadata={"help": "Colour that was behind transparent training images."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the DiffFit layers."}
     )
@@ -99,6 +106,8 @@ class DiffFitConfig(PeftConfig):
         self.peft_type = PeftType.DIFFFIT
         for name in ("target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"):
             setattr(self, name, _checked_patterns(name, getattr(self, name)))
+        for name in ("r", "num_classes", "sample_size"):
+            setattr(self, name, plain_int(getattr(self, name)))
         saved = self.modules_to_save
         if saved is not None and (  # peft reads them as regular expressions in places
             not _is_list(saved) or not all(isinstance(m, str) and regex.fullmatch(r"[\w.]+", m) for m in saved)
@@ -106,6 +115,8 @@ class DiffFitConfig(PeftConfig):
             raise ValueError(f"modules_to_save={short(saved)}: must be a list of module names, or None.")
         if self.gamma_layers is not None:
             layers = self.gamma_layers
+            if _is_list(layers):
+                layers = [plain_int(i) for i in layers]
             if not _is_list(layers) or not all(_is_int(i) and i >= 0 for i in layers):
                 raise ValueError(f"gamma_layers={short(layers)}: must be a list of block indices from 0 up, or None.")
             self.gamma_layers = sorted(set(layers))
@@ -116,6 +127,8 @@ class DiffFitConfig(PeftConfig):
         self._check_classes()
         if self.sample_size is not None and not (_is_int(self.sample_size) and self.sample_size > 0):
             raise ValueError(f"sample_size={short(self.sample_size)}: the side of the latents is an integer above 0.")
+        if self.background is not None:
+            parse_colour(self.background)
         if self.base_config is not None and not isinstance(self.base_config, dict):
             raise ValueError(f"base_config={short(self.base_config)}: must be a dict, or None.")
         if not isinstance(self.init_weights, bool):
@@ -184,6 +197,25 @@ def nearest(given: Any, allowed: list[str]) -> str:
     """' Did you mean ...?', or nothing where no allowed name is near."""
     close = get_close_matches(str(given), allowed, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def plain_int(value: Any) -> Any:
+    """An integer of NumPy or a tensor of one as Python's own; any other value as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def parse_colour(name: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour that is a name Pillow knows, or #rrggbb; another is a `ValueError`."""
+    try:
+        colour = PIL.ImageColor.getrgb(name)
+    except (ValueError, TypeError):
+        colour = (0, 0, 0, 0)
+    if len(colour) != 3:
+        raise ValueError(f"background is {short(name)}, which is no colour: give a name such as white, or #rrggbb.")
+    return colour
 
 
 def fullmatches(field_name: str, expression: str, names: Iterable[str]) -> list[str]:

@@ -137,6 +137,12 @@ def check_adapter_file(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def base_parameters(model: Any) -> int:
+    """Parameters of the base of a `PeftModel`. While adapted, a DiT has one embedder, and so it is counted once."""
+    adapters = (".difffit_", ".modules_to_save.")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in adapters))
+
+
 def save_adapter(
     model: Any,
     folder: str | os.PathLike,
@@ -169,13 +175,13 @@ def save_adapter(
         for file in list((partial / adapter_name).glob("*")):  # where peft puts any adapter but "default"
             file.replace(partial / file.name)
         shapes = check_adapter_file(partial / SAFETENSORS_WEIGHTS_NAME)
-        base = sum(p.numel() for name, p in model.named_parameters() if ".difffit_" not in name)
         trained = sum(math.prod(shape) for shape in shapes.values())
         if card.get("picture") is not None:
             card["picture"].save(partial / _PICTURE)
         config = model.peft_config[adapter_name]
         (partial / "README.md").write_text(
-            str(_model_card(config, repo_id or folder.resolve().name, trained, base, **card)), encoding="utf-8"
+            str(_model_card(config, repo_id or folder.resolve().name, trained, base_parameters(model), **card)),
+            encoding="utf-8",
         )
 
 
@@ -280,8 +286,9 @@ def _model_card(
         license=license,
         tags=["difffit", "diffusers", "peft"],
     )
-    labels = [_code(label) for label in (config.id2label or {}).values()]
-    plain = next((label for label in (config.id2label or {}).values() if re.fullmatch(r"[\w -]{1,60}", label)), None)
+    names = [*(config.id2label or {}).values()]
+    labels = [_code(name) for name in names]
+    plain = next((name for name in names if re.fullmatch(r"[\w -]{1,60}", name) and names.count(name) == 1), None)
     settings = ({"dataset": dataset} if dataset else {}) | (training or {})
     text = _CARD.format(
         title=_code(name),

@@ -11,6 +11,7 @@ from diffusers import DiTTransformer2DModel
 from peft import get_peft_model, get_peft_model_state_dict
 
 from difffit_peft import DiffFitConfig
+from difffit_peft.hub import base_parameters
 
 
 def main() -> None:
@@ -27,9 +28,7 @@ def main() -> None:
     for name, parameter in get_peft_model_state_dict(model, save_embedding_layers=False).items():
         kind = "class rows" if "embedding_table" in name else "scale factors γ" if "gamma" in name else "biases δ"
         counts[kind] += parameter.numel()
-    total, base = sum(counts.values()), sum(p.numel() for p in model.unload().parameters())
-    # the paper's model: one timestep and class embedder where Diffusers stores a copy per block
-    base -= 27 * sum(p.numel() for p in transformer.transformer_blocks[0].norm1.emb.parameters())
+    total, base = sum(counts.values()), base_parameters(model)  # the paper's model has one embedder too
 
     print("| trained | parameters | share |\n| --- | ---: | ---: |")
     for kind, count in counts.items():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_pipeline, randomise
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import difffit_peft
 from difffit_peft import DiffFitConfig, DiffFitLayer
-from difffit_peft.hub import base_model_id
+from difffit_peft.hub import base_model_id, base_parameters
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
 
@@ -84,6 +85,23 @@ def test_the_config_travels(adapter):
     assert saved["base_config"]["num_layers"] == 4 and saved["target_modules"] is None
     config = PeftConfig.from_pretrained(adapter)
     assert isinstance(config, DiffFitConfig) and config.id2label == LABELS
+
+
+def test_numbers_of_numpy_and_pytorch_are_numbers(tmp_path):
+    numbers = {"num_classes": np.int64(3), "r": torch.tensor(1), "gamma_layers": [np.uint8(0), torch.tensor(2)]}
+    config = DiffFitConfig(**numbers, sample_size=np.int32(8), id2label={np.int64(i): str(i) for i in range(3)})
+    assert config == DiffFitConfig(num_classes=3, r=1, gamma_layers=[0, 2], sample_size=8, id2label=config.id2label)
+    get_peft_model(make_dit(), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    assert DiffFitConfig.from_pretrained(tmp_path).gamma_layers == [0, 2]
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["proj_out_2"]])
+def test_parameters_of_the_base_are_counted_without_adapters(dit, modules_to_save):
+    copies = sum(p.numel() for block in dit.transformer_blocks[1:] for p in block.norm1.emb.parameters())
+    expected = sum(p.numel() for p in dit.parameters()) - copies  # one embedder, as in the paper
+    model = get_peft_model(dit, DiffFitConfig(modules_to_save=modules_to_save))
+    model.add_adapter("other", DiffFitConfig(r=1))
+    assert base_parameters(model) == expected
 
 
 def test_the_config_names_the_base(tmp_path):
@@ -213,6 +231,7 @@ def test_models_without_a_preset():
         ({"modules_to_save": "proj_out_2"}, "must be a list of module names"),
         ({"gamma_modules": "("}, "is not a regular expression"),
         ({"target_modules": [1]}, "must be a list of at most 4096 module names"),
+        ({"background": "sky"}, "background is 'sky', which is no colour: give a name such as white, or #rrggbb"),
         ({"r": -1}, "r=-1: must be an integer, 0 for no change of low rank"),
         ({"r": 1.0}, "r=1.0: must be an integer"),
         ({"low_rank_modules": ["to_q"]}, "low_rank_modules=['to_q']: give a rank too, such as r=1"),

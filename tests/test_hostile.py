@@ -48,6 +48,7 @@ FIELDS = {
     ],
     "init_class_rows": ["zero", "../null", 3, None, [], {}],
     "sample_size": [n for n in NUMBERS if n] + [0, 7, 10**9, 130],
+    "background": ["sky", "", "#ffffff80", "white" * 5_000, 3, True, [], ["red"], {"r": 1}],
     "modules_to_save": ["proj_out_2", ["(a+)+$"], [".*"], [""], ["../x"], [3], ["nowhere"], ["x"] * 5_000, {"a": 1}],
     "init_weights": ["yes", 3, None, []],
     "base_config": [[], 3, "x", *({"num_layers": value} for value in NUMBERS), {"unknown": 1}, {"sample_size": "8"}],
