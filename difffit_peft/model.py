@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import conditioning, resolution
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
+from .class_names import keep_names, names_of_adapters
 from .config import DiffFitConfig, fullmatches, nearest, short
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported, parameter_shapes
@@ -177,7 +178,7 @@ class DiffFitModel(BaseTuner):
         deltas, gammas, low_rank = having("difffit_delta"), having("difffit_gamma"), having("difffit_A")
         classes = [config.num_classes for name, config in zip(adapters, configs, strict=True)
                    if any(name in layers[table].difffit_delta for table in tables)]  # fmt: skip
-        labels = [config.id2label for config in configs]
+        labels, backgrounds = [config.id2label for config in configs], {config.background for config in configs}
         return dataclasses.replace(
             configs[0],
             target_modules=_exactly(deltas | gammas & norms),
@@ -188,6 +189,7 @@ class DiffFitModel(BaseTuner):
             low_rank_modules=_exactly(low_rank),
             num_classes=max(classes) if classes and None not in classes else None,
             id2label=labels[0] if all(names == labels[0] for names in labels) else None,
+            background=backgrounds.pop() if len(backgrounds) == 1 else None,
             init_weights=True,
         )
 
@@ -240,14 +242,18 @@ class DiffFitModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        names = None
         if merge:
             self._check_merge(adapter_names, safe_merge)
+            names = names_of_adapters(self.peft_config[name] for name in adapter_names or self.active_adapters)
         else:
             for layer in self._difffit_layers():
                 if layer.merged:
                     layer.unmerge()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore(model, merged=merge)
+        if names is not None:
+            keep_names(model, names)
         return model
 
 

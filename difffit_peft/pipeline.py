@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -13,8 +14,11 @@ from diffusers import DiTPipeline
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
+from torch import nn
 
+from .class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
 from .config import DiffFitConfig, nearest
 from .files import write
 from .hotswap import hotswap_adapter
@@ -31,8 +35,36 @@ class DiffFitLoaderMixin:
     """
 
     transformer: Any
-    labels: dict[str, int]
-    _base_labels: dict[str, int] | None = None  # while the labels are an adapter's
+    _base_labels: dict[str, int] = {}
+    _base_id2label: dict[int, str] = {}
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes that the transformer has now, however its adapters got there.
+
+        They are those of the first active adapter that has any, else the base's. New classes of an adapter without
+        names have none.
+        """
+        layer = next((m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)), None)
+        active = [] if layer is None or layer.disable_adapters else layer.merged_adapters or layer.active_adapters
+        names = names_of_adapters(self.transformer.peft_config[name] for name in active)
+        return self._base_names() if names is None else names
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class indices by name, as `DiTPipeline` has them. What is assigned are the names of the base."""
+        names = self.id2label
+        return self._base_labels if names is self._base_id2label else split_names(names)
+
+    @labels.setter
+    def labels(self, labels: dict[str, int]) -> None:
+        self._base_labels, self._base_id2label = labels, join_names(labels)
+        if labels:  # DiTPipeline's constructor assigns {} first
+            keep_names(self.transformer, self._base_id2label)
+
+    def _base_names(self) -> dict[int, str]:
+        kept = names_of_base(self.transformer)
+        return self._base_id2label if kept is None else kept
 
     def load_difffit_weights(
         self,
@@ -84,8 +116,7 @@ class DiffFitLoaderMixin:
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: list[float] | float | None = None) -> None:
         """Makes these adapters the active ones, at these strengths; `None` leaves their strengths as they are.
 
-        Adapters that were disabled are enabled. The pipeline's class names become those of the first of these that has
-        any.
+        Adapters that were disabled are enabled.
 
         Raises:
             ValueError: for an unknown adapter, or weights that are not finite or not as many. Nothing is then changed.
@@ -144,13 +175,10 @@ class DiffFitLoaderMixin:
         """Takes all adapters off: the transformer is the base's again, and so are the class names."""
         if isinstance(self.transformer, PeftModel):
             self.transformer = self.transformer.unload()
-            self._set_labels(None)
-            self._base_labels = None
 
     def disable_difffit(self) -> None:
         """Computes with the base alone, until `enable_difffit`."""
         self._model().base_model.disable_adapter_layers()
-        self._set_labels(None)
 
     def enable_difffit(self) -> None:
         """Computes with the active adapters again."""
@@ -215,13 +243,6 @@ class DiffFitLoaderMixin:
         model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
         model.base_model.enable_adapter_layers()  # first: it makes the active ones trainable
         model.base_model.set_adapter(names, inference_mode=True)
-        self._set_labels(next((model.peft_config[n].id2label for n in names if model.peft_config[n].id2label), None))
-
-    def _set_labels(self, id2label: dict[int, str] | None) -> None:
-        if self._base_labels is None:
-            self._base_labels = dict(self.labels)
-        named = self._base_labels if id2label is None else {name: index for index, name in id2label.items()}
-        self.labels = dict(sorted(named.items()))
 
 
 class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
@@ -233,6 +254,34 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
 
     Class names and sample size are those of the active adapter, and the base's again after unloading.
     """
+
+    @functools.wraps(DiTPipeline.__init__)  # type: ignore[misc]  # Diffusers reads the parameters and their types
+    def __init__(self, transformer: Any, vae: Any, scheduler: Any, id2label: dict[int, str] | None = None) -> None:
+        super().__init__(transformer, vae, scheduler)
+        names = names_of_base(transformer) if id2label is None else id2label
+        if names is not None:
+            self._base_id2label = dict(
+                sorted((int(index), name) for index, name in names.items())
+            )  # JSON's are strings
+            self._base_labels = split_names(self._base_id2label)
+            keep_names(transformer, self._base_id2label)
+
+    def __call__(self, class_labels: list[int], *args: Any, **kwargs: Any) -> Any:
+        """As `DiTPipeline` does, but guided by the base's own null class, where that one takes class 1000 for it."""
+        null = self.transformer.config.num_embeds_ada_norm
+        if null == 1000:
+            return super().__call__(class_labels, *args, **kwargs)
+
+        def with_null_class(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            labels = kwargs["class_labels"].clone()
+            labels[len(class_labels) :] = null  # the second half, where there is guidance
+            return args, kwargs | {"class_labels": labels}
+
+        handle = self.transformer.register_forward_pre_hook(with_null_class, with_kwargs=True)
+        try:
+            return super().__call__(class_labels, *args, **kwargs)
+        finally:
+            handle.remove()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffFitDiTPipeline:
@@ -278,10 +327,12 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiTPipeline, **kwargs: Any) -> DiffFitDiTPipeline:
         """A `DiffFitDiTPipeline` of another pipeline's parts."""
-        pipe = super().from_pipe(pipeline, **kwargs)
-        pipe.labels = dict(pipeline.labels)
-        pipe._base_labels = getattr(pipeline, "_base_labels", None)
-        return pipe
+        if isinstance(pipeline, DiffFitLoaderMixin):
+            names = pipeline._base_names()
+        else:
+            kept = names_of_base(pipeline.transformer)
+            names = join_names(pipeline.labels) if kept is None else kept
+        return super().from_pipe(pipeline, **{"id2label": names} | kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base and, in `adapters/`, the adapters; fused adapters are saved as part of the weights instead.
@@ -306,10 +357,6 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
                 "push_to_hub: a pipeline is uploaded without its adapters. Upload an adapter with "
                 "push_difffit_to_hub(): it names its base, and DiffFitDiTPipeline.from_pretrained loads both."
             )
-        labels = self._base_labels if saved and self._base_labels is not None else self.labels
-        id2label: dict[int, str] = {}
-        for name, label in labels.items():  # Diffusers splits the names of a class at commas
-            id2label[label] = f"{id2label[label]}, {name}" if label in id2label else name
         if saved:
             layers = adapted.base_model._difffit_layers()
             strengths = {
@@ -320,13 +367,13 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             if isinstance(adapted, PeftModel):
                 plain = copy.deepcopy(adapted)
                 self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
-            self.register_to_config(id2label=id2label)
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.transformer = adapted
         index = Path(save_directory, self.config_name)
-        stock = json.dumps(json.loads(index.read_text()) | {"_class_name": "DiTPipeline"}, indent=2)
-        write(index, lambda partial: partial.write_text(stock + "\n"))
+        stock = {"_class_name": "DiTPipeline", "id2label": self._base_names() if saved else self.id2label}
+        text = json.dumps(json.loads(index.read_text()) | stock, indent=2)
+        write(index, lambda partial: partial.write_text(text + "\n"))
         if saved:
             for name in saved:
                 save_adapter(adapted, folder / name, name)
@@ -337,17 +384,14 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class indices of names: of one, or of each in a list.
 
+        A name is one of `id2label`, or what stands between its commas. An integer, or a name of digits that no class
+        has, is an index.
+
         Raises:
-            ValueError: for a name that is no class, with the nearest one that is.
+            ValueError: for what is no class, with the nearest name that is; for a name of several classes.
         """
-        names = [label] if isinstance(label, str) else list(label)
-        for name in names:
-            if name not in self.labels:
-                raise ValueError(
-                    f"{name!r} is none of the {len(self.labels)} classes of this pipeline."
-                    + (nearest(name, [*self.labels]) or f" They are {', '.join([*self.labels][:12])}...")
-                )
-        return [self.labels[name] for name in names]
+        labels = [label] if isinstance(label, str) else list(label)
+        return class_indices(labels, self.id2label, self.transformer.config.num_embeds_ada_norm)
 
 
 def _is_adapter(path: str, revision: str | None, **hub: Any) -> bool:

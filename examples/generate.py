@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of it on the Hub")
     parser.add_argument("--adapters", nargs="*", default=[], help="Hub ids or folders of adapters to load onto it")
     parser.add_argument("--adapter_weights", nargs="*", type=float, help="a strength for each; default: 1")
-    parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight by name")
+    parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
     parser.add_argument("--num_images", type=int, default=4, help="per class")
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     # in mixed precision it now gives float32, as the scheduler and the VAE take it
     pipe.transformer = accelerator.prepare_model(pipe.transformer, evaluation_mode=True)
     pipe.set_progress_bar_config(leave=False)
-    labels = args.labels or list(pipe.labels)[:8] or ["0"]
-    classes = [int(label) if label.isdecimal() else pipe.get_label_ids(label)[0] for label in labels]
+    known = pipe.id2label
+    classes = pipe.get_label_ids(args.labels) if args.labels else [*known][:8] or [0]
     grid = sample_grid(
         pipe,
         classes,
@@ -70,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
     )
-    write(args.output, lambda partial: label_rows(grid, labels).save(partial, format="PNG"))
+    captions = [known.get(index, str(index)) for index in classes]
+    write(args.output, lambda partial: label_rows(grid, captions).save(partial, format="PNG"))
     print(args.output)
 
 

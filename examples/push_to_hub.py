@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request")
     parser.add_argument("--license", default="unknown", help="identifier of a licence, as the Hub knows it")
     parser.add_argument("--dataset", help="Hub id, or a few words")
-    parser.add_argument("--labels", nargs="+", help="classes on the picture; default: the first four by name")
+    parser.add_argument("--labels", nargs="+", help="classes on the picture, by name or index; default: the first four")
     parser.add_argument("--num_images", type=int, default=4, help="per class; 0: no picture")
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
@@ -40,16 +40,17 @@ def main(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(leave=False)
     picture = None
     if args.num_images > 0:
-        labels = args.labels or list(pipe.labels)[:4]
+        known = pipe.id2label
+        classes = pipe.get_label_ids(args.labels) if args.labels else [*known][:4] or [0]
         grid = sample_grid(
             pipe,
-            pipe.get_label_ids(labels) if labels else [0],
+            classes,
             args.num_images,
             seed=args.seed,
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,
         )
-        picture = label_rows(grid, labels or ["0"])
+        picture = label_rows(grid, [known.get(index, str(index)) for index in classes])
     commit = pipe.push_difffit_to_hub(
         args.repo_id,
         private=args.private,

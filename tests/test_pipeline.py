@@ -284,7 +284,10 @@ def test_from_pipe_and_from_an_adapter(folder, monkeypatch):
 
 
 def test_label_ids_of_unknown_names(folder, pipe):
-    with pytest.raises(ValueError, match="'goldfsh' is none of the 3 classes.* Did you mean 'goldfish'?"):
+    with pytest.raises(
+        ValueError,
+        match="'goldfsh' is not a class: give the name of one, or an index from 0 to 999. Did you mean 'goldfish'?",
+    ):
         pipe.get_label_ids("goldfsh")
 
 

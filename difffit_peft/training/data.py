@@ -17,14 +17,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
 import PIL.Image
-import PIL.ImageColor
 import PIL.ImageOps
 import pyarrow
 import torch
@@ -39,6 +37,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..class_names import class_indices, classes_called
+from ..config import parse_colour
 from ..files import write
 
 logger = logging.getLogger(__name__)
@@ -74,25 +74,13 @@ class LabelledImages:
         empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         return f"{text}\nNo images of {_listed(empty)}" if empty else text
 
-    def class_index(self, label: str) -> int:
-        """The index of a class given by its name, or by its index as a string."""
-        if label in self.class_names:
-            return self.class_names.index(label)
-        if label.isdecimal() and int(label) < len(self.class_names):
-            return int(label)
-        near = get_close_matches(label, self.class_names, n=1)
-        raise ValueError(
-            f"{label!r} is no class of the dataset: give the name of one of its {len(self.class_names)} classes, or an "
-            f"index below that. {f'Did you mean {near[0]!r}?' if near else f'Names are {self.class_names[:10]}.'}"
-        )
+    def class_index(self, label: str | int) -> int:
+        """The index of a class given by its name or its index; what is both is a name. Raises as `class_indices`."""
+        return class_indices([label], dict(enumerate(self.class_names)), len(self.class_names))[0]
 
-    def classes_agree(self, labels: dict[str, int]) -> bool:
-        """Whether `DiTPipeline.labels` has every class under the same name and index.
-
-        The pipeline splits a name with commas in it into several names of one class.
-        """
-        names = [(part.strip(), index) for index, name in enumerate(self.class_names) for part in name.split(",")]
-        return all(labels.get(name) == index for name, index in names)
+    def classes_agree(self, id2label: dict[int, str]) -> bool:
+        """Whether a base has every class under the same name, or one of its names, and the same index."""
+        return all(index in classes_called(name, id2label) for index, name in enumerate(self.class_names))
 
 
 def load_labelled_images(
@@ -388,17 +376,6 @@ def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), PIL.Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def parse_colour(name: str) -> tuple[int, int, int]:
-    """Red, green and blue of a colour that is a name Pillow knows, or #rrggbb; another is a `ValueError`."""
-    try:
-        colour = PIL.ImageColor.getrgb(name)
-    except ValueError:
-        colour = (0, 0, 0, 0)
-    if len(colour) != 3:
-        raise ValueError(f"background is {name!r}, which is no colour: give a name such as white, or #rrggbb.")
-    return colour
 
 
 def to_rgb(image: PIL.Image.Image, background: str = "white") -> PIL.Image.Image:
