@@ -6,7 +6,8 @@
 Writes `report.json` and a grid of samples, `samples.png`, to `--output_dir`. Classes are drawn as often as the real
 images have them, and image i has the seed `--seed` + i: batch size and number of processes change nothing but rounding
 (only a scheduler that draws noise of its own, as DDPM does, makes them matter). FID falls as the number of images
-grows: compare runs with the same `--num_images`, the same real images and the same `--features`.
+grows: compare runs with the same `--num_images`, the same real images and the same `--features`. Real images are seen
+as in training: at the adapter's resolution, on its background.
 """
 
 import argparse
@@ -23,17 +24,19 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import DiTPipeline
 from diffusers.utils import make_image_grid
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
-from difffit_peft.training.data import load_labelled_images, to_pixels
+from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.class_names import classes_called
+from difffit_peft.config import parse_colour
+from difffit_peft.files import write
+from difffit_peft.training.data import LabelledImages, load_labelled_images, to_pixels
 
 NEIGHBOURS = 3  # k of precision and recall
 KID_SUBSET = 1000
@@ -65,6 +68,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     real.add_argument("--split", default="train", help="the split to compare with")
     real.add_argument("--image_column", default="image")
     real.add_argument("--label_column", default="label")
+    real.add_argument(
+        "--background",
+        help="colour behind transparent images: a name or #rrggbb; default: as the adapter says that it was trained, "
+        "else white",
+    )
+    real.add_argument(
+        "--skip_broken_images",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave them out, rather than stop",
+    )
     real.add_argument("--max_train_samples", type=positive_int, help="so many real images, drawn with --seed")
     real.add_argument("--dataloader_num_workers", type=int, default=0)
     real.add_argument("--cache_dir", help="for downloads; default: the Hugging Face cache")
@@ -155,19 +169,34 @@ def compare(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
     }
 
 
-def model_classes(names: list[str], pipe: DiTPipeline) -> list[int] | None:
-    """The model's index of each class of the real images, by name; `None` where a base knows others."""
-    config = getattr(pipe.transformer, "peft_config", {}).get("default")
-    own = getattr(config, "id2label", None)
-    known = {label: index for index, label in own.items()} if own else pipe.labels
-    classes = [known.get(name, known.get(name.split(",")[0].strip())) for name in names]
-    if None not in classes:
-        return classes
-    if own:
-        raise ValueError(
-            f"The adapter does not know the class {names[classes.index(None)]!r} of the real images, only "
-            f"{list(known)[:10]}: compare with real images of the classes it was trained on."
-        )
+def active_configs(pipe: DiffFitDiTPipeline) -> list[PeftConfig]:
+    return [pipe.transformer.peft_config[name] for name in pipe.get_active_adapters()]
+
+
+def model_classes(names: list[str], pipe: DiffFitDiTPipeline) -> list[int] | None:
+    """The model's index of each class of the real images, by name; `None` where the model knows other names, or none.
+
+    Raises:
+        ValueError: if the model has classes of its own, and not all of the real images'.
+    """
+    known = pipe.id2label
+    called = [classes_called(name, known) for name in names]
+    called = [[index] if index in found else found for index, found in enumerate(called)]
+    if all(len(found) == 1 for found in called):
+        return [index for (index,) in called]
+    for config in active_configs(pipe):
+        if getattr(config, "id2label", None):
+            wrong = next(name for name, found in zip(names, called, strict=True) if len(found) != 1)
+            raise ValueError(
+                f"The adapter does not know the class {wrong!r} of the real images, only {list(known.values())[:10]}: "
+                "compare with real images of the classes it was trained on."
+            )
+        count = getattr(config, "num_classes", None)
+        if count and len(names) > count:
+            raise ValueError(
+                f"The real images have {len(names)} classes, but the adapter has {count}, without names: compare with "
+                "real images of the classes it was trained on."
+            )
     return None
 
 
@@ -177,17 +206,27 @@ def spread(labels: Tensor, count: int) -> list[int]:
 
 
 class RealImages(Dataset):
-    """The centres of images as uint8 (3, resolution, resolution)."""
+    """The centres of images as uint8 (3, resolution, resolution), as training sees them."""
 
-    def __init__(self, images: datasets.Dataset, resolution: int):
-        self.images, self.resolution = images, resolution
+    def __init__(self, images: datasets.Dataset, resolution: int, background: str):
+        self.images, self.resolution, self.background = images, resolution, background
 
     def __getitem__(self, row: int) -> Tensor:
         try:
-            pixels = to_pixels(datasets.Image().decode_example(self.images[row]["image"]), self.resolution)
+            image = datasets.Image().decode_example(self.images[row]["image"])
+            pixels = to_pixels(image, self.resolution, self.background)
         except Exception as error:  # Pillow raises a dozen types for broken files
-            raise ValueError(f"The real image of row {row} cannot be read: {error}. Repair or remove it.") from error
+            raise ValueError(
+                f"The real image of row {row} cannot be read: {error}. Repair or remove it, or leave it out with "
+                "--skip_broken_images."
+            ) from error
         return ((pixels + 1) * 127.5).round().byte()
+
+    def can_be_read(self, row: int) -> bool:
+        try:
+            return self[row] is not None
+        except ValueError:
+            return False
 
 
 def own_share(accelerator: Accelerator, count: int) -> list[int]:
@@ -220,7 +259,7 @@ def main(args: argparse.Namespace) -> dict:
     with accelerator.local_main_process_first():  # it downloads for the others
         extractor = load_extractor(args.features).eval().requires_grad_(False).to(accelerator.device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    pipe = DiTPipeline.from_pretrained(
+    pipe = DiffFitDiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
@@ -228,6 +267,12 @@ def main(args: argparse.Namespace) -> dict:
         dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
+    own = pipe.get_list_adapters()
+    if args.adapter and own:
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} comes with adapters of its own: leave --adapter out, or name "
+            "its base."
+        )
     data = load_labelled_images(
         args.dataset_name,
         args.train_data_dir,
@@ -241,25 +286,32 @@ def main(args: argparse.Namespace) -> dict:
         cache_dir=args.cache_dir,
     )
     accelerator.print(data.summary())
-    if len(data) <= NEIGHBOURS:
-        raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
     if args.adapter:
         pipe.transformer = PeftModel.from_pretrained(pipe.transformer, args.adapter)
     resolution = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    trained_on = next((c.background for c in active_configs(pipe) if getattr(c, "background", None)), "white")
+    background = args.background or trained_on
+    parse_colour(background)
+    real_images = RealImages(data.images, resolution, background)
+    if args.skip_broken_images:
+        kept = [row for row in range(len(data)) if real_images.can_be_read(row)]
+        accelerator.print(f"{len(data) - len(kept)} of {len(data)} real images cannot be read, and are left out.")
+        data = LabelledImages(data.images.select(kept), data.labels[kept], data.class_names)
+        real_images = RealImages(data.images, resolution, background)
+    if len(data) <= NEIGHBOURS:
+        raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
     with torch.no_grad():
         shape = extractor(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device)).shape
     if len(shape) != 2 or shape[0] != 2:
         raise ValueError(f"--features {args.features} gives {tuple(shape)} for two images: it must give (2, D).")
     classes = model_classes(data.class_names, pipe)
     if classes is None:
-        accelerator.print("The base does not know the real images' classes by name: class i of theirs is its own i.")
+        accelerator.print("The model does not know the real images' classes by name: class i of theirs is its own i.")
     # in mixed precision it now gives float32, as the scheduler and the VAE take it
     pipe.transformer = accelerator.prepare_model(pipe.transformer.eval(), evaluation_mode=True)
 
     mine = own_share(accelerator, len(data))
-    loader = DataLoader(
-        Subset(RealImages(data.images, resolution), mine), args.batch_size, num_workers=args.dataloader_num_workers
-    )
+    loader = DataLoader(Subset(real_images, mine), args.batch_size, num_workers=args.dataloader_num_workers)
     real = gather_features(accelerator, extractor, loader, len(data), "Real images")
 
     labels = spread(data.labels, args.num_images)
@@ -292,17 +344,20 @@ def main(args: argparse.Namespace) -> dict:
         "classes": "by index" if classes is None else "by name",
         "scheduler": type(pipe.scheduler).__name__,
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "resolution": resolution,
+        "background": background,
     }
     if accelerator.is_main_process:
         grid = make_image_grid([PIL.Image.fromarray(pictures[row]) for row in shown], side, side)
         write(args.output_dir / "samples.png", lambda partial: grid.save(partial, format="PNG"))
         text = json.dumps(report, indent=2) + "\n"
         write(args.output_dir / "report.json", lambda partial: partial.write_text(text))
+    adapters = f"the adapter {args.adapter}" if args.adapter else "its own adapters" if own else "no adapter"
     few = f" for lack of {KID_SUBSET} images" if report["kid_subset_size"] < KID_SUBSET else ""
     accelerator.print(
-        f"{args.num_images} images of {args.pretrained_model_name_or_path} with "
-        f"{f'the adapter {args.adapter}' if args.adapter else 'no adapter'}, against {len(data)} real images of "
-        f"{args.dataset_name or args.train_data_dir} (split {args.split}), on {shape[1]} features of {args.features}:\n"
+        f"{args.num_images} images of {args.pretrained_model_name_or_path} with {adapters}, against {len(data)} real "
+        f"images of {args.dataset_name or args.train_data_dir} (split {args.split}) at {resolution}x{resolution}, "
+        f"transparency on {background}, on {shape[1]} features of {args.features}:\n"
         f"FID {report['fid']:.4g}, KID {report['kid']:.4g} ± {report['kid_std']:.2g} (subsets of "
         f"{report['kid_subset_size']}{few}), "
         f"precision {report['precision']:.3f}, recall {report['recall']:.3f}\nReport: {args.output_dir / 'report.json'}"

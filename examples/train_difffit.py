@@ -29,16 +29,16 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from diffusers import DDPMScheduler, DiTPipeline
+from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import cached_assets_path, create_repo
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
-from difffit_peft import DiffFitConfig
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 from difffit_peft.files import write
-from difffit_peft.hub import push_adapter, save_adapter
+from difffit_peft.hub import base_parameters, push_adapter, save_adapter
 from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
 from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
 from difffit_peft.training.loop import Diverged, TrainingLoop
@@ -62,7 +62,7 @@ class Result:
     output_dir: Path
     adapter_bytes: int
     trained_parameters: int
-    trained_share: float  # of the base's parameters
+    trained_share: float  # of the base's parameters, its timestep and class embedder counted once
     steps: int
     seconds_per_step: float  # median, without the first two
     loss: float  # running mean
@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def sample_size_for(pipe: DiTPipeline, resolution: int | None) -> tuple[int, int]:
+def sample_size_for(pipe: DiffFitDiTPipeline, resolution: int | None) -> tuple[int, int]:
     """The resolution to train at, the base's own by default, and the side of its latents."""
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     step = factor * pipe.transformer.config.patch_size
@@ -246,13 +246,18 @@ def main(args: argparse.Namespace) -> Result:
         name = args.hub_model_id or args.output_dir.resolve().name
         repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    pipe = DiTPipeline.from_pretrained(
+    pipe = DiffFitDiTPipeline.from_pretrained(  # unlike the stock one it knows any base's null class
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16, and are used little here
     )
+    if pipe.get_list_adapters():
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} comes with adapters: name their base, or save it with them fused "
+            "and name that."
+        )
     pipe.vae.to(accelerator.device)
     if not sharded:  # FSDP moves what it shares out, block by block
         pipe.transformer.to(accelerator.device)
@@ -291,7 +296,7 @@ def main(args: argparse.Namespace) -> Result:
     train_set, held_out = split(dataset, args.num_held_out_images, args.seed)
 
     set_seed(args.seed)
-    same_classes = data.classes_agree(pipe.labels)
+    same_classes = data.classes_agree(pipe.id2label)
     config = DiffFitConfig(
         id2label=dict(enumerate(data.class_names)),
         init_class_rows="base" if same_classes else "null",
@@ -299,16 +304,17 @@ def main(args: argparse.Namespace) -> Result:
         gamma_layers=args.gamma_layers,
         r=args.r,
         sample_size=sample_size,
+        background=args.background,
     )
     base = fingerprint(pipe.transformer)
-    base_parameters = sum(p.numel() for p in pipe.transformer.parameters())
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     model = get_peft_model(pipe.transformer, config)
     pipe.transformer = model
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained_parameters = sum(p.numel() for p in parameters)
-    trained_share = trained_parameters / base_parameters
+    base_count = base_parameters(model)
+    trained_share = trained_parameters / base_count
 
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_set) / samples_per_step)
@@ -320,7 +326,7 @@ def main(args: argparse.Namespace) -> Result:
             if same_classes
             else "Classes start from the base's null row: its classes are others.\n"
         )
-        + f"Training {trained_parameters:,} parameters, {trained_share:.3%} of the base's {base_parameters:,}, in "
+        + f"Training {trained_parameters:,} parameters, {trained_share:.3%} of the base's {base_count:,}, in "
         f"{args.mixed_precision.replace('no', 'fp32')}: {total_steps} steps of {samples_per_step} images, AdamW at "
         f"{args.learning_rate:g}"
     )
@@ -442,7 +448,12 @@ def main(args: argparse.Namespace) -> Result:
             picture = label_rows(PIL.Image.open(history["grids"][-1]), names)
         card = {
             "dataset": args.dataset_name,
-            "training": {"steps": loop.step, "images per step": samples_per_step, "resolution": resolution}
+            "training": {
+                "steps": loop.step,
+                "images per step": samples_per_step,
+                "resolution": resolution,
+                "background": args.background,
+            }
             | {name: getattr(args, name) for name in SETTINGS},
             "picture": picture,
         }

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,10 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from conftest import make_pipeline, randomise
-from diffusers import DiTPipeline
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-from difffit_peft import DiffFitConfig
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNTS = {"ant": 6, "bee": 4, "cow": 2}
@@ -204,19 +204,47 @@ def test_classes_are_drawn_as_the_real_images_have_them(script):
 
 
 def test_classes_are_the_models_own_by_name(script, workdir):
-    pipe = DiTPipeline.from_pretrained(workdir / "base")
+    pipe = DiffFitDiTPipeline.from_pretrained(workdir / "base")
     assert script.model_classes(["cow"], pipe) is None
     pipe.labels = {"bee": 1, "honeybee": 1, "cow": 2}
     assert script.model_classes(["bee, honeybee", "cow"], pipe) == [1, 2]
+    assert script.model_classes(["cow", "2"], pipe) is None  # names, not indices
+    pipe.labels = {"salt, fine": 0, "salt, coarse": 1}
+    assert script.model_classes(["salt, coarse"], pipe) == [1]
+    assert script.model_classes(["salt, iodised"], pipe) is None and script.model_classes(["fine", "salt"], pipe) == [
+        0,
+        1,
+    ]
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, workdir / "adapter")
     assert script.model_classes(["ant", "cow"], pipe) == [0, 2]
     with pytest.raises(ValueError, match="'dog'.*'ant', 'bee', 'cow'"):
         script.model_classes(["ant", "dog"], pipe)
 
 
+def test_an_adapter_without_names_is_not_mapped_by_the_bases(script, workdir):
+    pipe = DiffFitDiTPipeline.from_pretrained(workdir / "base")
+    pipe.labels = {"cow": 0, "bee": 1, "ant": 2}
+    pipe.save_pretrained(workdir / "named")
+    assert script.model_classes(["ant", "bee", "cow"], pipe) == [2, 1, 0]
+    model = get_peft_model(pipe.transformer, DiffFitConfig(num_classes=3))
+    model.save_pretrained(workdir / "nameless", save_embedding_layers=False)
+    flags = ("--pretrained_model_name_or_path", str(workdir / "named"), "--num_images", "4")
+    report = run(script, workdir, "nameless report", *flags, "--adapter", str(workdir / "nameless"))
+    assert report["classes"] == "by index"
+    pipe.transformer = model
+    with pytest.raises(ValueError, match="have 4 classes, but the adapter has 3, without names"):
+        script.model_classes(["ant", "bee", "cow", "dog"], pipe)
+    model.delete_adapter("default")
+    model.add_adapter("base's rows", DiffFitConfig(num_classes=3, init_class_rows="base"))
+    assert script.model_classes(["ant", "bee", "cow"], pipe) == [2, 1, 0]
+    pipe.transformer = get_peft_model(model.unload(), LoraConfig(target_modules=["to_q"]))
+    assert script.model_classes(["ant", "bee"], pipe) == [2, 1] and script.model_classes(["dog"], pipe) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--background", "sky"], "background is 'sky', which is no colour"),
         (["--num_images", "3"], "--num_images is 3.*4 images or more"),
         (["--max_train_samples", "3"], "3 real images.*4 or more"),
         (["--features", "inceptoin"], "'inceptoin'.*module:callable"),
@@ -233,6 +261,70 @@ def test_refuses(script, workdir, flags, message):
     assert not (workdir / "refused").exists()
 
 
+def test_real_images_are_seen_as_the_adapter_saw_them(script, workdir, capsys):
+    """Transparent pictures, on the colour that they were trained on: as if they had been put on it beforehand."""
+    generator = np.random.default_rng(1)
+    for name in COUNTS:
+        for kind in ("transparent", "black", "white"):
+            (workdir / kind / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = generator.integers(0, 256, (16, 16, 4), dtype=np.uint8)
+            picture = PIL.Image.fromarray(pixels)
+            picture.save(workdir / "transparent" / name / f"{i}.png")
+            for colour in ("black", "white"):
+                behind = PIL.Image.new("RGBA", picture.size, colour)
+                PIL.Image.alpha_composite(behind, picture).convert("RGB").save(workdir / colour / name / f"{i}.png")
+    base = DiffFitDiTPipeline.from_pretrained(workdir / "base").transformer
+    model = get_peft_model(base, DiffFitConfig(id2label=dict(enumerate(COUNTS)), background="black"))
+    model.save_pretrained(workdir / "on black", save_embedding_layers=False)
+
+    def report_of(pictures: str, *flags: str) -> dict:
+        flags = ("--train_data_dir", str(workdir / pictures), "--adapter", str(workdir / "on black"), *flags)
+        return run(script, workdir, "colours", "--num_images", "4", *flags)
+
+    black = report_of("black")
+    travelled = report_of("transparent")
+    assert travelled["background"] == "black" and travelled["resolution"] == 16
+    assert "at 16x16, transparency on black" in capsys.readouterr().out
+    assert travelled["fid"] == black["fid"]
+    asked = report_of("transparent", "--background", "#ffffff")
+    assert asked["background"] == "#ffffff" and asked["fid"] == report_of("white")["fid"] != black["fid"]
+    other = run(script, workdir, "colours", "--train_data_dir", str(workdir / "transparent"))  # adapter does not say
+    assert other["background"] == "white"
+
+
+def test_broken_images_are_left_out_as_in_training(script, workdir, report, capsys):
+    shutil.copytree(workdir / "images", workdir / "broken")
+    (workdir / "broken" / "ant" / "0a.png").write_bytes(b"no image")
+    flags = ("--train_data_dir", str(workdir / "broken"))
+    with pytest.raises(ValueError, match="image of row 1 cannot be read: .* --skip_broken_images"):
+        run(script, workdir, "refused", *flags)
+    without = run(script, workdir, "without", *flags, "--skip_broken_images")
+    assert "1 of 13 real images cannot be read, and are left out" in capsys.readouterr().out
+    assert without["num_real_images"] == 12 and [without[name] for name in METRICS] == numbers(report)
+
+
+def test_a_base_of_few_classes_and_a_base_with_adapters(script, workdir):
+    pipe = DiffFitDiTPipeline(**make_pipeline(num_layers=2, num_embeds_ada_norm=10).components)
+    pipe.save_pretrained(workdir / "ten")
+    model = get_peft_model(pipe.transformer, DiffFitConfig(id2label=dict(enumerate(COUNTS)))).eval()
+    model.save_pretrained(workdir / "of ten", save_embedding_layers=False)
+    few = ("--num_images", "4")
+    base = ("--pretrained_model_name_or_path", str(workdir / "ten"))
+    report = run(script, workdir, "ten report", *base, "--adapter", str(workdir / "of ten"), *few)
+    assert report["classes"] == "by name" and np.isfinite(report["fid"])
+    pipe.transformer = model
+    pipe.save_pretrained(workdir / "ten adapted")
+    adapted = ("--pretrained_model_name_or_path", str(workdir / "ten adapted"))
+    argv = [*arguments(workdir, "ten adapted report"), *adapted, *few]
+    at = argv.index("--adapter")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    own = script.main(script.parse_args(argv[:at] + argv[at + 2 :]))
+    assert [own[name] for name in METRICS] == [report[name] for name in METRICS]
+    with pytest.raises(ValueError, match="comes with adapters of its own: leave --adapter out"):
+        run(script, workdir, "refused", *adapted, *few)
+
+
 @pytest.mark.skipif(_TORCH_FIDELITY_AVAILABLE, reason="torch-fidelity is installed")
 def test_says_what_inception_needs(script, workdir):
     with pytest.raises(RuntimeError, match="--features inception needs torch-fidelity"):
@@ -240,7 +332,8 @@ def test_says_what_inception_needs(script, workdir):
 
 
 def test_an_adapter_for_another_size(script, workdir):
-    model = get_peft_model(DiTPipeline.from_pretrained(workdir / "base").transformer, DiffFitConfig(sample_size=16))
+    base = DiffFitDiTPipeline.from_pretrained(workdir / "base").transformer
+    model = get_peft_model(base, DiffFitConfig(sample_size=16))
     model.save_pretrained(workdir / "wide", save_embedding_layers=False)
     run(script, workdir, "wide report", "--adapter", str(workdir / "wide"))
     assert PIL.Image.open(workdir / "wide report" / "samples.png").height % 32 == 0

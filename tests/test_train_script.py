@@ -21,7 +21,9 @@ from diffusers import DiTPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from difffit_peft.training.pictures import sample_grid
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_difffit.py"
 CLASSES = ["ant", "bee", "cow"]
@@ -70,7 +72,9 @@ def result(script, workdir):
 
 def test_writes_an_adapter_that_loads(result, workdir):
     base = DiTPipeline.from_pretrained(workdir / "base")
-    size = sum(p.numel() for p in base.transformer.parameters())
+    blocks = base.transformer.transformer_blocks
+    copies = sum(p.numel() for block in blocks[1:] for p in block.norm1.emb.parameters())
+    size = sum(p.numel() for p in base.transformer.parameters()) - copies  # as the paper's model has one
     model = PeftModel.from_pretrained(base.transformer, result.output_dir)
     config = model.peft_config["default"]
     assert config.id2label == dict(enumerate(CLASSES))
@@ -131,15 +135,49 @@ def test_starts_from_the_bases_rows_when_the_labels_agree(script, workdir, capsy
     pipe = DiTPipeline.from_pretrained(workdir / "base")
     pipe.register_to_config(id2label={0: "ant", 1: "bee, honeybee", 2: "cow", 3: "dog"})
     pipe.save_pretrained(workdir / "labelled")
-    flags = ("--num_validation_images", "0", "--max_train_steps", "1", "--r", "1", "--gamma_modules")
+    flags = ("--num_validation_images", "0", "--max_train_steps", "1", "--background", "#010203")
+    flags += ("--r", "1", "--gamma_modules")
     result = run(script, workdir, "same", *flags, base="labelled")
     config = PeftModel.from_pretrained(pipe.transformer, result.output_dir).peft_config["default"]
-    assert config.init_class_rows == "base"
+    assert config.init_class_rows == "base" and config.background == "#010203"
     printed = capsys.readouterr().out
     assert printed.index("12 images in 3 classes: ant 4, bee 4, cow 4") < printed.index("base's own rows")
+    # console, summary and card count alike
+    count, share = f"{result.trained_parameters:,}", f"{result.trained_share:.3%} of the base's"
+    assert f"Training {count} parameters, {share}" in printed and f"{count} parameters, {share}\n" in printed
+    card = (result.output_dir / "README.md").read_text()
+    assert f"{count} trained parameters, {share}." in card and "- `background`: `#010203`" in card
+    summary = json.loads((result.output_dir / "summary.json").read_text())
+    assert [summary[name] for name in ("trained_parameters", "trained_share")] == [
+        result.trained_parameters,
+        result.trained_share,
+    ]
     assert config.gamma_modules == []
     names = load_file(result.output_dir / "adapter_model.safetensors").keys()
     assert not any("gamma" in name for name in names) and any("difffit_B" in name for name in names)
+
+
+@pytest.mark.parametrize("null", [10, 1500])
+def test_validates_a_base_by_its_own_null_class(script, workdir, null):
+    """Its pictures are those of a pipeline that is guided by it."""
+    pipe = DiffFitDiTPipeline(**make_pipeline(num_layers=2, num_embeds_ada_norm=null).components)
+    pipe.save_pretrained(workdir / f"base-{null}")
+    flags = ("--num_validation_images", "2", "--learning_rate", "0.1")
+    result = run(script, workdir, f"null-{null}", *flags, base=f"base-{null}")
+    pipe.load_difffit_weights(result.output_dir)
+    pipe.set_progress_bar_config(disable=True)
+    expected = sample_grid(pipe, [0, 1, 2], 2, num_inference_steps=2)
+    assert np.array_equal(PIL.Image.open(result.grids[-1]), expected)
+    assert not np.array_equal(PIL.Image.open(result.grids[-1]), PIL.Image.open(result.grids[0]))
+
+
+def test_a_base_with_adapters_is_refused(script, workdir, result):
+    pipe = DiffFitDiTPipeline.from_pretrained(workdir / "base")
+    pipe.load_difffit_weights(result.output_dir)
+    pipe.save_pretrained(workdir / "adapted")
+    with pytest.raises(ValueError, match="adapted comes with adapters: name their base, or save it with them fused"):
+        run(script, workdir, "refused", base="adapted")
+    assert not (workdir / "refused").exists()
 
 
 def test_accumulated_steps_bf16_and_no_average(script, workdir):
@@ -374,7 +412,7 @@ def test_what_a_run_leaves_to_see(script, workdir):
     [
         (["--resolution", "30"], "--resolution is 30.*multiples of 4: 28 or 32"),
         (["--num_held_out_images", "12"], "--num_held_out_images is 12: it must be 0 to 11"),
-        (["--validation_labels", "beee"], "'beee' is no class.*Did you mean 'bee'"),
+        (["--validation_labels", "beee"], "'beee' is not a class.*Did you mean 'bee'"),
         (["--label_column", "class"], "label_column is 'class'.*'image', 'label'"),
         (["--dataset_name", "also/given"], "exactly one"),
     ],
