@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from .config import nearest, plain_int, short
+from .config import nearest, plain, short
 
 
 def names_of_adapters(configs: Iterable[PeftConfig]) -> dict[int, str] | None:
@@ -77,7 +77,7 @@ def class_indices(labels: Iterable[Any], id2label: dict[int, str], num_classes: 
         if len(called) > 1:
             raise ValueError(f"{label!r} is the name of the classes {called}: give one of these indices.")
         digits = isinstance(label, str) and label.isdecimal()
-        index = called[0] if called else int(label) if digits else plain_int(label)
+        index = called[0] if called else int(label) if digits else plain(label)
         if not isinstance(index, int) or not 0 <= index < num_classes:
             names = [*id2label.values()]
             close = nearest(label, [*names, *split_names(id2label)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -107,16 +106,15 @@ class DiffFitConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"):
             setattr(self, name, _checked_patterns(name, getattr(self, name)))
         for name in ("r", "num_classes", "sample_size"):
-            setattr(self, name, plain_int(getattr(self, name)))
+            setattr(self, name, plain(getattr(self, name)))
         saved = self.modules_to_save
         if saved is not None and (  # peft reads them as regular expressions in places
             not _is_list(saved) or not all(isinstance(m, str) and regex.fullmatch(r"[\w.]+", m) for m in saved)
         ):
             raise ValueError(f"modules_to_save={short(saved)}: must be a list of module names, or None.")
         if self.gamma_layers is not None:
-            layers = self.gamma_layers
-            if _is_list(layers):
-                layers = [plain_int(i) for i in layers]
+            layers = plain(self.gamma_layers)
+            layers = [plain(i) for i in layers] if _is_list(layers) else layers
             if not _is_list(layers) or not all(_is_int(i) and i >= 0 for i in layers):
                 raise ValueError(f"gamma_layers={short(layers)}: must be a list of block indices from 0 up, or None.")
             self.gamma_layers = sorted(set(layers))
@@ -199,12 +197,9 @@ def nearest(given: Any, allowed: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def plain_int(value: Any) -> Any:
-    """An integer of NumPy or a tensor of one as Python's own; any other value as it is."""
-    try:
-        return value if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return value
+def plain(value: Any) -> Any:
+    """Numbers of NumPy and PyTorch, and arrays of them, as Python's own; any other value as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:

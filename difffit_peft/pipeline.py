@@ -19,7 +19,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from .class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
-from .config import DiffFitConfig, nearest
+from .config import DiffFitConfig, nearest, plain
 from .files import write
 from .hotswap import hotswap_adapter
 from .hub import adapter_folder, check_base_model_id, check_has_weights, push_adapter, save_adapter
@@ -131,7 +131,8 @@ class DiffFitLoaderMixin:
                 )
         if not names or len({*names}) < len(names):
             raise ValueError(f"adapter_names={adapter_names}: name at least one adapter, each once.")
-        weights = [adapter_weights] * len(names) if not isinstance(adapter_weights, (list, tuple)) else adapter_weights
+        weights = plain(adapter_weights)
+        weights = [plain(w) for w in weights] if isinstance(weights, (list, tuple)) else [weights] * len(names)
         if len(weights) != len(names) or not all(
             weight is None or (isinstance(weight, (int, float)) and math.isfinite(weight)) for weight in weights
         ):

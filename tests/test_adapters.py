@@ -93,6 +93,10 @@ def test_numbers_of_numpy_and_pytorch_are_numbers(tmp_path):
     assert config == DiffFitConfig(num_classes=3, r=1, gamma_layers=[0, 2], sample_size=8, id2label=config.id2label)
     get_peft_model(make_dit(), config).save_pretrained(tmp_path, save_embedding_layers=False)
     assert DiffFitConfig.from_pretrained(tmp_path).gamma_layers == [0, 2]
+    assert DiffFitConfig(gamma_layers=np.arange(2)).gamma_layers == [0, 1]
+    for wrong in (np.float32(3), torch.tensor(3.0), np.bool_(True), torch.arange(2)):
+        with pytest.raises(ValueError, match="num_classes=.*: must be an integer of at least 1"):
+            DiffFitConfig(num_classes=wrong)
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["proj_out_2"]])

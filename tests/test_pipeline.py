@@ -6,6 +6,7 @@ import random
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_pipeline
@@ -86,6 +87,23 @@ def test_blending_and_switching(folder, pipe):
     assert torch.equal(images(pipe), base) and pipe.get_active_adapters() == [] and "goldfish" in pipe.labels
     pipe.enable_difffit()
     assert pipe.get_active_adapters() == ["fox", "art"] and "fox" in pipe.labels
+
+
+def test_strengths_are_numbers_of_any_kind(folder, pipe):
+    for name in ("fox", "art"):
+        pipe.load_difffit_weights(folder / name, name)
+    pipe.set_adapters(["fox", "art"], [0.5, 0.25])
+    expected = images(pipe)
+    halves = (np.float32(0.5), torch.tensor(0.25)), np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])
+    for strengths in halves:
+        pipe.set_adapters(["fox", "art"], 1.0)
+        pipe.set_adapters(["fox", "art"], strengths)
+        assert torch.equal(images(pipe), expected)
+    pipe.set_adapters(["fox", "art"], torch.tensor(0.5))
+    assert not torch.equal(images(pipe), expected)
+    for wrong in (np.float32("nan"), torch.tensor([0.5]), np.array(["a", "b"])):
+        with pytest.raises(ValueError, match="must be one finite number for each"):
+            pipe.set_adapters(["fox", "art"], wrong)
 
 
 def test_fusing(folder, pipe):
