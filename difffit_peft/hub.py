@@ -13,7 +13,12 @@ from typing import Any
 import PIL.Image
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -21,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from .files import whole_files
 
 _MAX_CONFIG_BYTES = 2**20
+_PIPELINE_INDEX = "model_index.json"
 
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,255}")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,42 +53,127 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
 def check_base_model_id(name: Any, revision: Any = None) -> tuple[str, str | None]:
     """The base that an adapter names and its revision, if they are those of a repository on the Hub, and no path.
 
+    A name without an owner is that of a local folder (see `base_model_id`).
+
     Raises:
         ValueError: if they are anything else.
     """
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
+    if not is_repo_id(name) or "/" not in name:
         raise ValueError(
-            f"The adapter names the base {str(name)[:200]!r}, which is no id of the Hub. Load the base with "
-            "from_pretrained, and then the adapter with load_difffit_weights."
-        ) from None
+            f"The adapter names the base {str(name)[:200]!r}, which is not the id of a repository on the Hub. (Of a "
+            "base in a folder, an adapter keeps the folder's name.) Load the base with from_pretrained, and then the "
+            "adapter with load_difffit_weights."
+        )
     if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
         raise ValueError(f"The adapter names the revision {str(revision)[:200]!r} of its base, which is none.")
     return name, revision
 
 
-def adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Path:
-    """The local folder of an adapter. From the Hub, its config and weights are downloaded, before a model is touched.
+def is_repo_id(name: Any) -> bool:
+    """Whether `name` can be the id of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None
+
+
+def local_path(path: str | os.PathLike, revision: str | None = None) -> Path | None:
+    """The folder or file on this machine that `path` names, or `None` if it is the id of a repository on the Hub.
+
+    What exists here is local, as in Diffusers. `~` is the home folder.
 
     Raises:
-        ValueError: if it has no config.
+        ValueError: if it is neither, or a local path is given with a revision.
+    """
+    text = os.path.expanduser(path)
+    if os.path.exists(text):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: {text} is on this machine, where there are no revisions.")
+        return Path(text)
+    if url := re.match(r"\w+://[^/]+/?([^/?#]+/[^/?#]+)?", text):
+        raise ValueError(
+            f"{text!r} is a URL. Pass the id of the repository"
+            + (f", {url[1]!r}." if url[1] else ", such as 'user/name'.")
+        )
+    if not is_repo_id(text):
+        raise ValueError(
+            f"There is no file or folder {os.path.abspath(text)}, and {text!r} cannot be the id of a repository on the "
+            "Hub, such as 'user/name'."
+        )
+    return None
+
+
+def hub_file(repo_id: str, filename: str, **hub: Any) -> Path:
+    """A file of a repository on the Hub, in the local cache.
+
+    Raises:
+        EntryNotFoundError: if the repository has no such file.
         HfHubHTTPError: if the Hub does not give it.
     """
-    folder = Path(path, subfolder or "")
-    if not os.path.isdir(path):
-        folder = Path(hf_hub_download(str(path), CONFIG_NAME, subfolder=subfolder, **hub)).parent
-        if cached := _HUB_CACHE.search(str(folder)):
-            hub["revision"] = cached["revision"]  # both of one commit
-        try:
-            hf_hub_download(str(path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-        except LocalEntryNotFoundError:  # the Hub cannot be asked
-            raise
-        except EntryNotFoundError:  # see `check_has_weights`
-            pass
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}.")
+    try:
+        return Path(hf_hub_download(repo_id, filename, **hub))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # a folder may have been meant
+        tried = f"There is no folder {os.path.abspath(repo_id)}, so the Hub was asked for the repository {repo_id!r}"
+        error.args = (f"{tried}: {error}", *error.args[1:])
+        raise
+
+
+def cached_commit(file: Path) -> str | None:
+    """The commit that a file of the local cache of the Hub belongs to."""
+    cached = _HUB_CACHE.search(str(file))
+    return cached and cached["revision"]
+
+
+def adapter_folder(
+    path: str | os.PathLike, subfolder: str | None = None, revision: str | None = None, **hub: Any
+) -> Path:
+    """The local folder of an adapter. From the Hub, its config and weights are downloaded, before a model is touched.
+
+    Args:
+        path: a folder, the config or the weights in it, or the id of a repository on the Hub.
+        subfolder: where in the folder or repository the adapter is.
+        revision: branch, tag or commit of the repository.
+        hub: `token`, `cache_dir` and so on, as for `hf_hub_download`.
+
+    Raises:
+        ValueError: if there is no adapter at `path`.
+        HfHubHTTPError: if the Hub does not give it.
+    """
+    local = local_path(path, revision)
+    if local is not None:
+        folder = local.parent if local.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) and local.is_file() else local
+        folder = folder / (subfolder or "")
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(_no_adapter(folder))
+        return folder
+    repo_id = os.fspath(path)
+    folder = hub_file(repo_id, CONFIG_NAME, subfolder=subfolder, revision=revision, **hub).parent
+    revision = cached_commit(folder) or revision  # both of one commit
+    try:
+        hub_file(repo_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, revision=revision, **hub)
+    except LocalEntryNotFoundError:  # the Hub cannot be asked
+        raise
+    except EntryNotFoundError:  # see `check_has_weights`
+        pass
     return folder
+
+
+def _no_adapter(path: Path) -> str:
+    """Why there is no adapter at `path`, and where there may be one."""
+    if not path.is_dir():
+        what = "is a file" if path.is_file() else "does not exist"
+        return (
+            f"{path} {what}: pass the folder of the adapter, which holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    if (path / _PIPELINE_INDEX).is_file():
+        what = f"{path} is a pipeline, not an adapter: load it with DiffFitDiTPipeline.from_pretrained."
+    else:
+        what = f"{path} is neither an adapter nor a pipeline: it holds no {CONFIG_NAME} and no {_PIPELINE_INDEX}."
+    inside = [config.parent for config in sorted([*path.glob(f"*/{CONFIG_NAME}"), *path.glob(f"*/*/{CONFIG_NAME}")])]
+    return what + (
+        f" Adapters in it: {', '.join(str(folder.relative_to(path)) for folder in inside)}." if inside else ""
+    )
 
 
 def check_has_weights(folder: Path) -> None:
@@ -162,7 +253,7 @@ def save_adapter(
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}.")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with whole_files(folder) as partial:
         options: dict[str, Any] = {"save_embedding_layers": False} | ({"state_dict": state_dict} if state_dict else {})
         model.save_pretrained(str(partial), selected_adapters=[adapter_name], **options)
@@ -202,15 +293,17 @@ def push_adapter(
         kwargs: `state_dict` and what the card takes, as for `save_adapter`.
 
     Raises:
-        HFValidationError: if `repo_id` is none.
+        ValueError: if there is no such adapter, or `repo_id` is not valid. Nothing is then changed.
         HfHubHTTPError: of `huggingface_hub`, if the Hub refuses. The repository is then as it was, or new and empty.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with TemporaryDirectory() as folder:
-        save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)
+        save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)  # first: it may refuse
+        given, repo_id = repo_id, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if repo_id != given:  # it had no owner
+            save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -234,9 +327,20 @@ With the package `difffit-peft`:
 ```python
 from difffit_peft import DiffFitDiTPipeline
 
-pipe = DiffFitDiTPipeline.from_pretrained({path})
+{load}
 images = pipe({labels}).images
 images[0].save("sample.png")
+```
+
+With PEFT, import the package too. It registers the method: without it, PEFT stops with `KeyError: 'DIFFFIT'`.
+
+```python
+import difffit_peft
+from diffusers import DiTPipeline
+from peft import PeftModel
+
+pipe = DiTPipeline.from_pretrained({base_path})
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {path})
 ```
 
 ## Classes
@@ -282,6 +386,13 @@ def _model_card(
     )
     labels = [_code(label) for label in (config.id2label or {}).values()]
     plain = next((label for label in (config.id2label or {}).values() if re.fullmatch(r"[\w -]{1,60}", label)), None)
+    path, base_path = json.dumps(name), json.dumps((base or "path/to/the/base")[:200])
+    if on_hub:
+        load = f"pipe = DiffFitDiTPipeline.from_pretrained({path})"
+        base_path += f", revision={json.dumps(config.revision)}" if config.revision else ""
+    else:
+        load = f"pipe = DiffFitDiTPipeline.from_pretrained({base_path})  # a folder: this base is not on the Hub\n"
+        load += f"pipe.load_difffit_weights({path})"
     settings = ({"dataset": dataset} if dataset else {}) | (training or {})
     text = _CARD.format(
         title=_code(name),
@@ -289,7 +400,9 @@ def _model_card(
         trained=trained,
         share=trained / base_parameters,
         picture="" if picture is None else f"\n![Samples]({_PICTURE})\n",
-        path=json.dumps(name),
+        load=load,
+        path=path,
+        base_path=base_path,
         labels="[0]" if plain is None else f"pipe.get_label_ids({json.dumps(plain, ensure_ascii=False)})",
         classes=", ".join(labels) or "Those of the base.",
         training="\n".join(f"- {_code(key)}: {_code(value)}" for key, value in settings.items()) or "Not recorded.",

@@ -237,7 +237,7 @@ class DiffFitModel(BaseTuner):
         While any is merged, those that are not have no effect, active or not.
 
         Raises:
-            ValueError: if one of them is unknown, named twice or cannot be merged, or if adapters are disabled. No layer
+            ValueError: if one of them is unknown, named twice or cannot be merged, or if adapters are disabled. Nothing
                 is then changed.
         """
         if self._check_merge(adapter_names, safe_merge):
@@ -310,8 +310,8 @@ def names_to_merge(tuner: BaseTuner, adapter_names: list[str] | None) -> list[st
     whole = [n for n in {*names} ^ {*tuner.active_adapters} if getattr(tuner.peft_config[n], "modules_to_save", None)]
     if whole:
         raise ValueError(
-            f"The adapter {whole[0]!r} has modules_to_save, which do not merge and are those of the active adapter: call "
-            f"set_adapter({names}) first."
+            f"The adapter {whole[0]!r} has modules_to_save, which do not merge: the model computes with those of the "
+            f"active adapter. Call set_adapter({names}) first."
         )
     return names
 

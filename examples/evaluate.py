@@ -33,6 +33,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
+from difffit_peft.hub import adapter_folder
 from difffit_peft.training.data import load_labelled_images, to_pixels
 
 NEIGHBOURS = 3  # k of precision and recall
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--pretrained_model_name_or_path", required=True, help="a DiTPipeline: Hub id or folder")
     model.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
     model.add_argument("--variant", help="variant of the base's files, such as fp16")
-    model.add_argument("--adapter", help="a PEFT adapter: folder or Hub id; default: the base alone")
+    model.add_argument("--adapter", help="a DiffFit adapter: folder or Hub id; default: the base alone")
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
 
     real = parser.add_argument_group("real images")
@@ -244,7 +245,7 @@ def main(args: argparse.Namespace) -> dict:
     if len(data) <= NEIGHBOURS:
         raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
     if args.adapter:
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, args.adapter)
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter_folder(args.adapter))
     resolution = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     with torch.no_grad():
         shape = extractor(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device)).shape
