@@ -235,7 +235,10 @@ def save_adapter(
     *,
     repo_id: str | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
-    **card: Any,
+    license: str = "unknown",
+    dataset: str | None = None,
+    training: dict[str, Any] | None = None,
+    picture: PIL.Image.Image | None = None,
 ) -> None:
     """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
 
@@ -245,8 +248,10 @@ def save_adapter(
         adapter_name: which of the model's.
         repo_id: the Hub repository that the card speaks of. `None`: it speaks of the folder.
         state_dict: weights to save in the place of the model's, as for `PeftModel.save_pretrained`.
-        card: `license`, an identifier of the Hub's (default: "unknown"); `dataset`, a Hub id or a few words;
-            `training`, a dict of settings; `picture`, a `PIL.Image` that becomes `samples.png`.
+        license: an identifier of the Hub's, for the card.
+        dataset: a Hub id or a few words, for the card.
+        training: settings, for the card.
+        picture: becomes `samples.png`, which the card shows.
 
     Raises:
         ValueError: if there is no such adapter.
@@ -262,12 +267,12 @@ def save_adapter(
         shapes = check_adapter_file(partial / SAFETENSORS_WEIGHTS_NAME)
         base = sum(p.numel() for name, p in model.named_parameters() if ".difffit_" not in name)
         trained = sum(math.prod(shape) for shape in shapes.values())
-        if card.get("picture") is not None:
-            card["picture"].save(partial / _PICTURE)
+        if picture is not None:
+            picture.save(partial / _PICTURE)
         config = model.peft_config[adapter_name]
-        (partial / "README.md").write_text(
-            str(_model_card(config, repo_id or folder.resolve().name, trained, base, **card)), encoding="utf-8"
-        )
+        name = repo_id or folder.resolve().name
+        card = _model_card(config, name, trained, base, license, dataset, training, picture is not None)
+        (partial / "README.md").write_text(str(card), encoding="utf-8")
 
 
 def push_adapter(
@@ -369,11 +374,10 @@ def _model_card(
     name: str,
     trained: int,
     base_parameters: int,
-    *,
-    license: str = "unknown",
-    dataset: str | None = None,
-    training: dict[str, Any] | None = None,
-    picture: PIL.Image.Image | None = None,
+    license: str,
+    dataset: str | None,
+    training: dict[str, Any] | None,
+    has_picture: bool,
 ) -> ModelCard:
     base = config.base_model_name_or_path or ""
     on_hub = bool(_HUB_ID.fullmatch(base)) and "/" in base  # a name without an owner is that of a local folder
@@ -399,7 +403,7 @@ def _model_card(
         base=_code(base) + (f" at revision {_code(config.revision)}" if config.revision else "") if base else "a DiT",
         trained=trained,
         share=trained / base_parameters,
-        picture="" if picture is None else f"\n![Samples]({_PICTURE})\n",
+        picture=f"\n![Samples]({_PICTURE})\n" if has_picture else "",
         load=load,
         path=path,
         base_path=base_path,

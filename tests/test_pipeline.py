@@ -438,7 +438,7 @@ def test_keywords_that_no_verb_knows(folder, pipe, keyword):
     ):
         with pytest.raises(TypeError, match=keyword):
             verb(**{keyword: 0.3})
-    assert pipe.get_list_adapters() == ["fox"] and not list((folder / "new").glob("*"))
+    assert pipe.get_list_adapters() == ["fox"] and not (folder / "new").exists()
 
 
 def test_fields_of_a_config_are_not_taken_beside_its_file(folder):
