@@ -142,11 +142,13 @@ class DiffFitConfig(PeftConfig):
         broken file leaves the model as it was, the weights are checked here.
 
         Raises:
-            ValueError: if there is no config, if it says what no config may, or if the weights beside it are truncated
-                or not finite.
+            ValueError: if there is no config, if it says what no config may, if the weights beside it are truncated or
+                not finite, or if fields of the config are given, which the file would write over.
             HfHubHTTPError: of `huggingface_hub`, if it cannot be downloaded.
         """
         hub, _, _ = cls._split_kwargs(kwargs)
+        if fields := kwargs.keys() & cls.__dataclass_fields__.keys() - hub.keys():
+            raise ValueError(f"{sorted(fields)}: load the config first, and then set its fields.")
         folder = adapter_folder(pretrained_model_name_or_path, subfolder, **hub)
         config = super().from_pretrained(str(folder))
         weights = folder / SAFETENSORS_WEIGHTS_NAME

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
 from .config import DiffFitConfig
+from .hub import adapter_folder, check_has_weights
 from .layer import DiffFitLayer
 
 
-def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> None:
     """Puts the values of a saved adapter in the place of those of a loaded one, which keeps its name and strength.
 
     The counterpart of `peft.utils.hotswap.hotswap_adapter`, which knows LoRA alone. Tensors are written in place:
@@ -22,11 +34,13 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         model: the `PeftModel`, compiled or not.
         model_name_or_path: folder or Hub id of the adapter to take the values of.
         adapter_name: the adapter to give them to.
-        kwargs: `subfolder`, `revision`, `token`, `cache_dir` and so on, as for `PeftModel.from_pretrained`.
+        subfolder, revision, token, cache_dir, local_files_only, force_download: where on the Hub the adapter is, as for
+            `DiffFitLoaderMixin.load_difffit_weights`.
 
     Raises:
         ValueError: if there is no such adapter or it is merged, or if the two belong to different bases, train
             different layers or have different numbers of classes. The model is then as it was.
+        HfHubHTTPError: of `huggingface_hub`, if the Hub does not give it.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
@@ -37,8 +51,18 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
     old = model.peft_config[adapter_name]
     if not isinstance(old, DiffFitConfig):
         raise ValueError(f"Only DiffFit adapters can be swapped here, but {adapter_name!r} is of {old.peft_type}.")
-    new = DiffFitConfig.from_pretrained(model_name_or_path, **kwargs)
-    weights = load_peft_weights(model_name_or_path, device="cpu", **kwargs)
+    folder = adapter_folder(
+        model_name_or_path,
+        subfolder,
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    check_has_weights(folder)
+    new = DiffFitConfig.from_pretrained(str(folder))
+    weights = load_peft_weights(str(folder), device="cpu")
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     differing = [
         f"{field} is {getattr(new, field)} there and {getattr(old, field)} here"

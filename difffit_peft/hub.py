@@ -13,7 +13,12 @@ from typing import Any
 import PIL.Image
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -21,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from .files import whole_files
 
 _MAX_CONFIG_BYTES = 2**20
+_PIPELINE_INDEX = "model_index.json"
 
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,255}")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,42 +53,127 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
 def check_base_model_id(name: Any, revision: Any = None) -> tuple[str, str | None]:
     """The base that an adapter names and its revision, if they are those of a repository on the Hub, and no path.
 
+    A name without an owner is that of a local folder (see `base_model_id`).
+
     Raises:
         ValueError: if they are anything else.
     """
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
+    if not is_repo_id(name) or "/" not in name:
         raise ValueError(
-            f"The adapter names the base {str(name)[:200]!r}, which is no id of the Hub. Load the base with "
-            "from_pretrained, and then the adapter with load_difffit_weights."
-        ) from None
+            f"The adapter names the base {str(name)[:200]!r}, which is not the id of a repository on the Hub. (Of a "
+            "base in a folder, an adapter keeps the folder's name.) Load the base with from_pretrained, and then the "
+            "adapter with load_difffit_weights."
+        )
     if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
         raise ValueError(f"The adapter names the revision {str(revision)[:200]!r} of its base, which is none.")
     return name, revision
 
 
-def adapter_folder(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Path:
-    """The local folder of an adapter. From the Hub, its config and weights are downloaded, before a model is touched.
+def is_repo_id(name: Any) -> bool:
+    """Whether `name` can be the id of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None
+
+
+def local_path(path: str | os.PathLike, revision: str | None = None) -> Path | None:
+    """The folder or file on this machine that `path` names, or `None` if it is the id of a repository on the Hub.
+
+    What exists here is local, as in Diffusers. `~` is the home folder.
 
     Raises:
-        ValueError: if it has no config.
+        ValueError: if it is neither, or a local path is given with a revision.
+    """
+    text = os.path.expanduser(path)
+    if os.path.exists(text):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: {text} is on this machine, where there are no revisions.")
+        return Path(text)
+    if url := re.match(r"\w+://[^/]+/?([^/?#]+/[^/?#]+)?", text):
+        raise ValueError(
+            f"{text!r} is a URL. Pass the id of the repository"
+            + (f", {url[1]!r}." if url[1] else ", such as 'user/name'.")
+        )
+    if not is_repo_id(text):
+        raise ValueError(
+            f"There is no file or folder {os.path.abspath(text)}, and {text!r} cannot be the id of a repository on the "
+            "Hub, such as 'user/name'."
+        )
+    return None
+
+
+def hub_file(repo_id: str, filename: str, **hub: Any) -> Path:
+    """A file of a repository on the Hub, in the local cache.
+
+    Raises:
+        EntryNotFoundError: if the repository has no such file.
         HfHubHTTPError: if the Hub does not give it.
     """
-    folder = Path(path, subfolder or "")
-    if not os.path.isdir(path):
-        folder = Path(hf_hub_download(str(path), CONFIG_NAME, subfolder=subfolder, **hub)).parent
-        if cached := _HUB_CACHE.search(str(folder)):
-            hub["revision"] = cached["revision"]  # both of one commit
-        try:
-            hf_hub_download(str(path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-        except LocalEntryNotFoundError:  # the Hub cannot be asked
-            raise
-        except EntryNotFoundError:  # see `check_has_weights`
-            pass
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}.")
+    try:
+        return Path(hf_hub_download(repo_id, filename, **hub))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # a folder may have been meant
+        tried = f"There is no folder {os.path.abspath(repo_id)}, so the Hub was asked for the repository {repo_id!r}"
+        error.args = (f"{tried}: {error}", *error.args[1:])
+        raise
+
+
+def cached_commit(file: Path) -> str | None:
+    """The commit that a file of the local cache of the Hub belongs to."""
+    cached = _HUB_CACHE.search(str(file))
+    return cached and cached["revision"]
+
+
+def adapter_folder(
+    path: str | os.PathLike, subfolder: str | None = None, revision: str | None = None, **hub: Any
+) -> Path:
+    """The local folder of an adapter. From the Hub, its config and weights are downloaded, before a model is touched.
+
+    Args:
+        path: a folder, the config or the weights in it, or the id of a repository on the Hub.
+        subfolder: where in the folder or repository the adapter is.
+        revision: branch, tag or commit of the repository.
+        hub: `token`, `cache_dir` and so on, as for `hf_hub_download`.
+
+    Raises:
+        ValueError: if there is no adapter at `path`.
+        HfHubHTTPError: if the Hub does not give it.
+    """
+    local = local_path(path, revision)
+    if local is not None:
+        folder = local.parent if local.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) and local.is_file() else local
+        folder = folder / (subfolder or "")
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(_no_adapter(folder))
+        return folder
+    repo_id = os.fspath(path)
+    folder = hub_file(repo_id, CONFIG_NAME, subfolder=subfolder, revision=revision, **hub).parent
+    revision = cached_commit(folder) or revision  # both of one commit
+    try:
+        hub_file(repo_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, revision=revision, **hub)
+    except LocalEntryNotFoundError:  # the Hub cannot be asked
+        raise
+    except EntryNotFoundError:  # see `check_has_weights`
+        pass
     return folder
+
+
+def _no_adapter(path: Path) -> str:
+    """Why there is no adapter at `path`, and where there may be one."""
+    if not path.is_dir():
+        what = "is a file" if path.is_file() else "does not exist"
+        return (
+            f"{path} {what}: pass the folder of the adapter, which holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    if (path / _PIPELINE_INDEX).is_file():
+        what = f"{path} is a pipeline, not an adapter: load it with DiffFitDiTPipeline.from_pretrained."
+    else:
+        what = f"{path} is neither an adapter nor a pipeline: it holds no {CONFIG_NAME} and no {_PIPELINE_INDEX}."
+    inside = [config.parent for config in sorted([*path.glob(f"*/{CONFIG_NAME}"), *path.glob(f"*/*/{CONFIG_NAME}")])]
+    return what + (
+        f" Adapters in it: {', '.join(str(folder.relative_to(path)) for folder in inside)}." if inside else ""
+    )
 
 
 def check_has_weights(folder: Path) -> None:
@@ -150,7 +241,10 @@ def save_adapter(
     *,
     repo_id: str | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
-    **card: Any,
+    license: str = "unknown",
+    dataset: str | None = None,
+    training: dict[str, Any] | None = None,
+    picture: PIL.Image.Image | None = None,
 ) -> None:
     """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
 
@@ -160,15 +254,17 @@ def save_adapter(
         adapter_name: which of the model's.
         repo_id: the Hub repository that the card speaks of. `None`: it speaks of the folder.
         state_dict: weights to save in the place of the model's, as for `PeftModel.save_pretrained`.
-        card: `license`, an identifier of the Hub's (default: "unknown"); `dataset`, a Hub id or a few words;
-            `training`, a dict of settings; `picture`, a `PIL.Image` that becomes `samples.png`.
+        license: an identifier of the Hub's, for the card.
+        dataset: a Hub id or a few words, for the card.
+        training: settings, for the card.
+        picture: becomes `samples.png`, which the card shows.
 
     Raises:
         ValueError: if there is no such adapter.
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}.")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with whole_files(folder) as partial:
         options: dict[str, Any] = {"save_embedding_layers": False} | ({"state_dict": state_dict} if state_dict else {})
         model.save_pretrained(str(partial), selected_adapters=[adapter_name], **options)
@@ -176,13 +272,13 @@ def save_adapter(
             file.replace(partial / file.name)
         shapes = check_adapter_file(partial / SAFETENSORS_WEIGHTS_NAME)
         trained = sum(math.prod(shape) for shape in shapes.values())
-        if card.get("picture") is not None:
-            card["picture"].save(partial / _PICTURE)
+        if picture is not None:
+            picture.save(partial / _PICTURE)
         config = model.peft_config[adapter_name]
-        (partial / "README.md").write_text(
-            str(_model_card(config, repo_id or folder.resolve().name, trained, base_parameters(model), **card)),
-            encoding="utf-8",
-        )
+        name = repo_id or folder.resolve().name
+        base = base_parameters(model)
+        card = _model_card(config, name, trained, base, license, dataset, training, picture is not None)
+        (partial / "README.md").write_text(str(card), encoding="utf-8")
 
 
 def push_adapter(
@@ -208,15 +304,17 @@ def push_adapter(
         kwargs: `state_dict` and what the card takes, as for `save_adapter`.
 
     Raises:
-        HFValidationError: if `repo_id` is none.
+        ValueError: if there is no such adapter, or `repo_id` is not valid. Nothing is then changed.
         HfHubHTTPError: of `huggingface_hub`, if the Hub refuses. The repository is then as it was, or new and empty.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with TemporaryDirectory() as folder:
-        save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)
+        save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)  # first: it may refuse
+        given, repo_id = repo_id, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if repo_id != given:  # it had no owner
+            save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -240,9 +338,20 @@ With the package `difffit-peft`:
 ```python
 from difffit_peft import DiffFitDiTPipeline
 
-pipe = DiffFitDiTPipeline.from_pretrained({path})
+{load}
 images = pipe({labels}).images
 images[0].save("sample.png")
+```
+
+With PEFT, import the package too. It registers the method: without it, PEFT stops with `KeyError: 'DIFFFIT'`.
+
+```python
+import difffit_peft
+from diffusers import DiTPipeline
+from peft import PeftModel
+
+pipe = DiTPipeline.from_pretrained({base_path})
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {path})
 ```
 
 ## Classes
@@ -271,11 +380,10 @@ def _model_card(
     name: str,
     trained: int,
     base_parameters: int,
-    *,
-    license: str = "unknown",
-    dataset: str | None = None,
-    training: dict[str, Any] | None = None,
-    picture: PIL.Image.Image | None = None,
+    license: str,
+    dataset: str | None,
+    training: dict[str, Any] | None,
+    has_picture: bool,
 ) -> ModelCard:
     base = config.base_model_name_or_path or ""
     on_hub = bool(_HUB_ID.fullmatch(base)) and "/" in base  # a name without an owner is that of a local folder
@@ -287,16 +395,25 @@ def _model_card(
         tags=["difffit", "diffusers", "peft"],
     )
     names = [*(config.id2label or {}).values()]
-    labels = [_code(name) for name in names]
-    plain = next((name for name in names if re.fullmatch(r"[\w -]{1,60}", name) and names.count(name) == 1), None)
+    labels = [_code(label) for label in names]
+    plain = next((label for label in names if re.fullmatch(r"[\w -]{1,60}", label) and names.count(label) == 1), None)
+    path, base_path = json.dumps(name), json.dumps((base or "path/to/the/base")[:200])
+    if on_hub:
+        load = f"pipe = DiffFitDiTPipeline.from_pretrained({path})"
+        base_path += f", revision={json.dumps(config.revision)}" if config.revision else ""
+    else:
+        load = f"pipe = DiffFitDiTPipeline.from_pretrained({base_path})  # a folder: this base is not on the Hub\n"
+        load += f"pipe.load_difffit_weights({path})"
     settings = ({"dataset": dataset} if dataset else {}) | (training or {})
     text = _CARD.format(
         title=_code(name),
         base=_code(base) + (f" at revision {_code(config.revision)}" if config.revision else "") if base else "a DiT",
         trained=trained,
         share=trained / base_parameters,
-        picture="" if picture is None else f"\n![Samples]({_PICTURE})\n",
-        path=json.dumps(name),
+        picture=f"\n![Samples]({_PICTURE})\n" if has_picture else "",
+        load=load,
+        path=path,
+        base_path=base_path,
         labels="[0]" if plain is None else f"pipe.get_label_ids({json.dumps(plain, ensure_ascii=False)})",
         classes=", ".join(labels) or "Those of the base.",
         training="\n".join(f"- {_code(key)}: {_code(value)}" for key, value in settings.items()) or "Not recorded.",

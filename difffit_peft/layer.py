@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -204,17 +203,21 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active adapters, or those named, into the base layer: W' = γ(W + B A), b' = γ(b + δ).
 
+        Adapters that are not merged have no effect from then on, also in a layer that has none of those that are: all
+        layers are to be told the same names.
+
         Raises:
             ValueError: if the base's weights are quantised or sharded, or with `safe_merge` if a merged value is not
                 finite. The layer is then as it was.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self._get_available_adapters()]
-        if names:
-            merged = self.check_merge(names, safe_merge)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if name not in self.merged_adapters]
+        held = [name for name in names if name in self._get_available_adapters()]
+        if held:
+            merged = self.check_merge(held, safe_merge)
             self._unmerged = self._base()
             self._write(merged)
-            self.merged_adapters = self.merged_adapters + names
+        self.merged_adapters = self.merged_adapters + names
 
     def check_merge(self, names: list[str], safe_merge: bool = False) -> dict[str, Tensor]:
         """The tensors that merging these adapters would write; raises what `merge` would raise."""
@@ -233,9 +236,6 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Puts the base layer's own tensors back, to the last bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
         self._write(self._unmerged)
         self._unmerged, self.merged_adapters = {}, []
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from .config import DiffFitConfig
 from .layer import DiffFitLayer
-from .model import DiffFitModel, prepare, restore
+from .model import DiffFitModel, names_to_merge, prepare, restore
 
 
 class DiffFitMixedModel(MixedModel):
@@ -56,18 +56,20 @@ class DiffFitMixedModel(MixedModel):
         """Merges from the innermost adapter of a layer outwards, as the forward pass applies them.
 
         Raises:
-            ValueError: if adapters are merged already where methods nest: what is merged first would have to be undone.
+            ValueError: if adapters are merged already where methods nest: what is merged first would have to be undone;
+                and for the names that `DiffFitModel.merge_adapter` refuses.
         """
+        names = names_to_merge(self, adapter_names)
         layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
-        names = {*(self.active_adapters if adapter_names is None else adapter_names)}
-        pending = any(names & {*layer._get_available_adapters()} - {*layer.merged_adapters} for layer in layers)
+        pending = any({*names} & {*layer._get_available_adapters()} - {*layer.merged_adapters} for layer in layers)
         nested = [layer for layer in layers if isinstance(layer.base_layer, BaseTunerLayer)]
         if pending and any(layer.merged or layer.base_layer.merged for layer in nested):
             raise ValueError("Adapters are merged already: call unmerge_adapter() first, then merge all at once.")
         merged_before = {id(layer): list(layer.merged_adapters) for layer in layers}
         try:
             for layer in reversed(layers if pending else []):  # a module comes before what it contains
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+                own = [name for name in names if name in layer._get_available_adapters()]
+                layer.merge(adapter_names=own, safe_merge=safe_merge)
         except Exception:
             for layer in layers:
                 if layer.merged_adapters != merged_before[id(layer)]:

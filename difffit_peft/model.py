@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -37,13 +37,17 @@ class DiffFitModel(BaseTuner):
     `unload()` and `merge_and_unload()` give the plain model back.
 
     Raises:
-        ValueError: if the config names layers, blocks, classes or a base that this model does not have. The model is
-            then as it was.
+        ValueError: if the config names layers, blocks, classes or a base that this model does not have, or if the model
+            has an adapter of that name. The model is then as it was.
     """
 
     prefix: str = "difffit_"
     tuner_layer_cls = DiffFitLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_not_adapted(model, adapter_name)  # before peft 0.21 writes the config to the model
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @property
     def config(self) -> Any:
@@ -98,20 +102,33 @@ class DiffFitModel(BaseTuner):
         _check_names(expected, {name for name in remapped if f".{cls.prefix}" in name})
         return remapped
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones. What is merged is unmerged first, with a warning, as in all of PEFT.
+
+        Raises:
+            ValueError: if there is no such adapter, or one is named twice.
+        """
+        check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
+        if any(layer.merged for layer in self._difffit_layers()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        super().set_adapter(adapter_name, inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter. If no other is active then, the first of the others becomes so, in every layer.
 
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
-        active = self.active_adapters
-        super().delete_adapter(adapter_name)
-        if adapter_name in active:  # peft 0.21 has each layer choose for itself, among the adapters that it holds
-            names = [name for name in active if name != adapter_name] or list(self.peft_config)[:1]
-            self.active_adapter = names
+        check_names([adapter_name], self.peft_config)
+        _check_adapters_not_merged(self.model, adapter_name)
+        if adapter_name in self.active_adapters:  # else peft 0.21 has each layer choose among the adapters it holds
+            others = [name for name in self.peft_config if name != adapter_name]
+            names = [name for name in self.active_adapters if name in others] or others[:1]
             inference_mode = any(self.peft_config[name].inference_mode for name in names)
             for layer in self._difffit_layers():
                 layer.set_adapter(names, inference_mode=inference_mode)
+        super().delete_adapter(adapter_name)
 
     def set_scale(self, adapter_name: str, strength: float) -> None:
         """Scales the effect of an adapter: 0 is the base, 1 the adapter, any real number between or beyond.
@@ -121,11 +138,7 @@ class DiffFitModel(BaseTuner):
         Raises:
             ValueError: if there is no such adapter, the strength is not finite, or the adapter is merged.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(
-                f"There is no adapter {adapter_name!r}: the model has {sorted(self.peft_config)}."
-                + nearest(adapter_name, list(self.peft_config))
-            )
+        check_names([adapter_name], self.peft_config)
         if not math.isfinite(strength):
             raise ValueError(f"strength={strength}: must be a finite number.")
         if any(adapter_name in layer.merged_adapters for layer in self._difffit_layers()):
@@ -221,16 +234,29 @@ class DiffFitModel(BaseTuner):
                 handle.remove()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges into every layer or, if one of them cannot be merged, into none."""
-        self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge)
+        """Merges the adapters named, or else the active ones, beside those that are merged already.
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        While any is merged, those that are not have no effect, active or not.
+
+        Raises:
+            ValueError: if one of them is unknown, named twice or cannot be merged, or if adapters are disabled. Nothing
+                is then changed.
+        """
+        if self._check_merge(adapter_names, safe_merge):
+            super().merge_adapter(adapter_names, safe_merge)
+        else:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> bool:
+        """Whether anything is left to merge; raises what `merge_adapter` raises."""
+        names_to_merge(self, adapter_names)
+        pending = False
         for layer in self._difffit_layers():
-            names = set(self.active_adapters if adapter_names is None else adapter_names)
-            names &= layer._get_available_adapters() - {*layer.merged_adapters}
-            if names:
-                layer.check_merge(sorted(names), safe_merge)
+            names = {*(layer.active_adapters if adapter_names is None else adapter_names)} - {*layer.merged_adapters}
+            pending = pending or bool(names)
+            if held := names & layer._get_available_adapters():
+                layer.check_merge(sorted(held), safe_merge)
+        return pending
 
     def _difffit_layers(self) -> list[DiffFitLayer]:
         return [module for module in self.modules() if isinstance(module, DiffFitLayer)]
@@ -255,6 +281,45 @@ class DiffFitModel(BaseTuner):
         if names is not None:
             keep_names(model, names)
         return model
+
+
+def check_names(names: Iterable[str], adapters: Iterable[str]) -> None:
+    """Raises `ValueError` unless these are names of adapters, each at most once."""
+    names, adapters = list(names), list(adapters)
+    for name in names:
+        if name not in adapters:
+            raise ValueError(
+                f"There is no adapter {name!r}: the model has {sorted(adapters)}.{nearest(name, adapters)}"
+            )
+    if len({*names}) < len(names):
+        raise ValueError(f"adapter_names={names}: name each adapter once.")
+
+
+def names_to_merge(tuner: BaseTuner, adapter_names: list[str] | None) -> list[str]:
+    """The adapters that a merge is asked for: those named or, for `None`, the active ones.
+
+    Raises:
+        ValueError: if one is unknown or named twice, or there is none; if adapters are disabled, so that the model is
+            the base; if those named are not the active ones and modules saved whole, which do not merge, go with the
+            active ones.
+    """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    names = list(tuner.active_adapters if adapter_names is None else adapter_names)
+    check_names(names, tuner.peft_config)
+    if not names:
+        raise ValueError("There is no adapter to merge: name one, or call unload() for the base.")
+    if any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, BaseTunerLayer)):
+        raise ValueError(
+            "The adapters are disabled: call enable_adapter_layers() before they are merged, or unload() for the base."
+        )
+    whole = [n for n in {*names} ^ {*tuner.active_adapters} if getattr(tuner.peft_config[n], "modules_to_save", None)]
+    if whole:
+        raise ValueError(
+            f"The adapter {whole[0]!r} has modules_to_save, which do not merge: the model computes with those of the "
+            f"active adapter. Call set_adapter({names}) first."
+        )
+    return names
 
 
 def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftConfig]) -> tuple[_Plan, set[str]]:
@@ -366,6 +431,20 @@ def _check_file(config: DiffFitConfig, plan: _Plan, model: nn.Module) -> None:
 def _exactly(names: set[str]) -> str | list[str]:
     """What selects these modules and no others: a regular expression, as a name in a list is a name ending too."""
     return "|".join(re.escape(name) for name in sorted(names)) or []
+
+
+def _check_not_adapted(model: nn.Module, adapter_name: str) -> None:
+    """Refuses a model that is a `PeftModel` already, or has an adapter of this name."""
+    if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        raise ValueError(
+            f"The model is a {type(model).__name__}, which has adapters already. Load another one into it with "
+            "model.load_adapter(path, adapter_name), or add a new one with model.add_adapter(adapter_name, config)."
+        )
+    if any(adapter_name in m._get_available_adapters() for m in model.modules() if isinstance(m, DiffFitLayer)):
+        raise ValueError(
+            f"The model has an adapter {adapter_name!r} already, in the PeftModel that it was put into: use that one, "
+            "with load_adapter(path, adapter_name), or take its adapters off with unload()."
+        )
 
 
 def _check_model(model: nn.Module) -> None:

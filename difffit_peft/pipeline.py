@@ -11,19 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiTPipeline
-from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, create_repo, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME
 from torch import nn
 
 from .class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
-from .config import DiffFitConfig, nearest, plain
+from .config import DiffFitConfig, plain
 from .files import write
 from .hotswap import hotswap_adapter
-from .hub import adapter_folder, check_base_model_id, check_has_weights, push_adapter, save_adapter
+from .hub import (
+    adapter_folder,
+    cached_commit,
+    check_base_model_id,
+    check_has_weights,
+    hub_file,
+    local_path,
+    push_adapter,
+    save_adapter,
+)
 from .layer import DiffFitLayer
+from .model import check_names
 
 _ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
 
@@ -71,15 +80,24 @@ class DiffFitLoaderMixin:
         pretrained_model_name_or_path: str | os.PathLike,
         adapter_name: str | None = None,
         hotswap: bool = False,
-        **kwargs: Any,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> None:
         """Loads an adapter and makes it the active one.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id of the adapter.
+            pretrained_model_name_or_path: folder or Hub id of the adapter. What exists on this machine is taken from
+                there. A path of its weights or config stands for the folder they are in.
             adapter_name: name to give it; `None`: "default_0", "default_1" and so on, the first that is free.
             hotswap: put its values in the place of those of the adapter `adapter_name` that is there already.
-            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+            subfolder: where in the folder or repository the adapter is.
+            revision: branch, tag or commit of the repository; a folder has none, and is refused with one.
+            token, cache_dir, local_files_only, force_download: as for every download from the Hub.
 
         Raises:
             ValueError: if it is no DiffFit adapter, belongs to another base, is broken, or has no safetensors file; if
@@ -101,7 +119,15 @@ class DiffFitLoaderMixin:
                 "pass hotswap=True to put the new values in its place."
             )
         self._refuse_fused()
-        folder = adapter_folder(pretrained_model_name_or_path, **kwargs)
+        folder = adapter_folder(
+            pretrained_model_name_or_path,
+            subfolder,
+            revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         check_has_weights(folder)
         if DiffFitConfig.from_pretrained(str(folder)).task_type is not None:
             raise ValueError(f"{folder} is an adapter for another task than a pipeline's.")
@@ -119,18 +145,10 @@ class DiffFitLoaderMixin:
         Adapters that were disabled are enabled.
 
         Raises:
-            ValueError: for an unknown adapter, or weights that are not finite or not as many. Nothing is then changed.
+            ValueError: for an unknown adapter, for weights that are not finite or not as many, and if adapters are
+                fused. Nothing is then changed.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        model = self._model()
-        for name in names:
-            if name not in model.peft_config:
-                raise ValueError(
-                    f"There is no adapter {name!r}: the pipeline has {self.get_list_adapters()}."
-                    + nearest(name, self.get_list_adapters())
-                )
-        if not names or len({*names}) < len(names):
-            raise ValueError(f"adapter_names={adapter_names}: name at least one adapter, each once.")
+        model, names = self._model(), self._names(adapter_names)
         weights = plain(adapter_weights)
         weights = [plain(w) for w in weights] if isinstance(weights, (list, tuple)) else [weights] * len(names)
         if len(weights) != len(names) or not all(
@@ -144,21 +162,22 @@ class DiffFitLoaderMixin:
         self._activate(names)
 
     def get_active_adapters(self) -> list[str]:
-        """Names of the active adapters; none while they are disabled."""
+        """Names of the adapters that have an effect: none while they are disabled, those fused while any is fused."""
         if not self.get_list_adapters() or not self.transformer.get_model_status().enabled:
             return []
-        return self.transformer.base_model.active_adapters
+        return self._fused() or self.transformer.base_model.active_adapters
 
     def get_list_adapters(self) -> list[str]:
         """Names of all the adapters that are loaded."""
         return list(self.transformer.peft_config) if isinstance(self.transformer, PeftModel) else []
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Removes adapters; without the last one the pipeline is as it was before the first."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        loaded = self.get_list_adapters()
-        if {*names} - {*loaded}:
-            raise ValueError(f"There is no adapter {min({*names} - {*loaded})!r}: the pipeline has {loaded}.")
+        """Removes adapters; without the last one the pipeline is as it was before the first.
+
+        Raises:
+            ValueError: for an unknown adapter, or if adapters are fused. Nothing is then changed.
+        """
+        names, loaded = self._names(adapter_names), self.get_list_adapters()
         self._refuse_fused()
         remaining = [name for name in loaded if name not in names]
         if not remaining:
@@ -173,29 +192,49 @@ class DiffFitLoaderMixin:
             self.disable_difffit()
 
     def unload_difffit_weights(self) -> None:
-        """Takes all adapters off: the transformer is the base's again, and so are the class names."""
+        """Takes all adapters off, fused ones too: the transformer is the base's again, and so are the class names."""
         if isinstance(self.transformer, PeftModel):
             self.transformer = self.transformer.unload()
 
     def disable_difffit(self) -> None:
-        """Computes with the base alone, until `enable_difffit`."""
-        self._model().base_model.disable_adapter_layers()
-
-    def enable_difffit(self) -> None:
-        """Computes with the active adapters again."""
-        self._activate(self._model().base_model.active_adapters)
-
-    def fuse_difffit(self, adapter_names: list[str] | None = None, safe_fusing: bool = False) -> None:
-        """Writes adapters, by default the active ones, into the weights, so that they cost nothing when sampling.
+        """Computes with the base alone, until `enable_difffit`.
 
         Raises:
-            ValueError: with `safe_fusing`, if that gives values that are not finite; always, if the base is quantised.
-                Nothing is then changed.
+            ValueError: if adapters are fused, or there is none.
         """
-        self._model().merge_adapter(adapter_names, safe_merge=safe_fusing)
+        self._model()
+        self._refuse_fused()
+        self.transformer.base_model.disable_adapter_layers()
+
+    def enable_difffit(self) -> None:
+        """Computes with the active adapters again.
+
+        Raises:
+            ValueError: if adapters are fused, or there is none.
+        """
+        model = self._model()
+        self._refuse_fused()
+        self._activate(model.base_model.active_adapters)
+
+    def fuse_difffit(self, adapter_names: list[str] | str | None = None, safe_fusing: bool = False) -> None:
+        """Writes adapters, by default the active ones, into the weights, so that they cost nothing when sampling.
+
+        While any is fused, those that are not have no effect. More can be fused; what is fused already stays so.
+
+        Raises:
+            ValueError: for an unknown adapter; while adapters are disabled; with `safe_fusing`, if that gives values
+                that are not finite; always, if the base is quantised. Nothing is then changed.
+        """
+        model = self._model()
+        active = self.get_active_adapters()
+        names = active if adapter_names is None else self._names(adapter_names)
+        if not active:
+            raise ValueError("Adapters are disabled: call enable_difffit() first.")
+        if {*names} - {*self._fused()}:
+            model.merge_adapter(names, safe_merge=safe_fusing)
 
     def unfuse_difffit(self) -> None:
-        """Puts the base's own weights back, to the last bit."""
+        """Puts the base's own weights back, to the last bit. The adapters active before are active again."""
         self._model().unmerge_adapter()
 
     def save_difffit_weights(
@@ -221,9 +260,18 @@ class DiffFitLoaderMixin:
             if len(active) != 1:
                 raise ValueError(f"adapter_name is None, but the active adapters are {active}: name one.")
             return active[0]
-        if adapter_name not in self.get_list_adapters():
-            raise ValueError(f"There is no adapter {adapter_name!r}: the pipeline has {self.get_list_adapters()}.")
-        return adapter_name
+        return self._names([adapter_name])[0]
+
+    def _names(self, adapter_names: list[str] | str) -> list[str]:
+        """The names that a verb is given, which must be of adapters that are loaded, each once."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if not isinstance(names, (list, tuple)) or not names:
+            raise ValueError(
+                f"adapter_names={adapter_names!r}: name at least one adapter, as a string or a list of strings. "
+                "Strengths go apart, as in set_adapters(['a', 'b'], [0.8, 0.2])."
+            )
+        check_names(names, self._model().peft_config)
+        return list(names)
 
     def _model(self) -> PeftModel:
         if not isinstance(self.transformer, PeftModel):
@@ -232,8 +280,7 @@ class DiffFitLoaderMixin:
 
     def _fused(self) -> list[str]:
         # PEFT's get_model_status says it too, but takes twice as long as switching adapters does
-        layers = [module for module in self.transformer.modules() if isinstance(module, DiffFitLayer)]
-        return sorted({name for layer in layers for name in layer.merged_adapters})
+        return next((m.merged_adapters for m in self.transformer.modules() if isinstance(m, DiffFitLayer)), [])
 
     def _refuse_fused(self) -> None:
         if self._fused():
@@ -288,17 +335,28 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffFitDiTPipeline:
         """Loads a pipeline, or the base of an adapter and the adapter.
 
-        Of an adapter (a folder or Hub id with `adapter_config.json`), the base and its revision are those its config
-        names; keyword arguments but `revision` go to the base. A folder that `save_pretrained` wrote comes with its
-        adapters.
+        What `save_pretrained` or `push_to_hub` wrote comes with its adapters. Of an adapter (a folder or Hub id without
+        `model_index.json`, or with `subfolder`), the base and its revision are those its config names. `revision` and
+        `subfolder` are then the adapter's; other keyword arguments go to the base.
 
         Raises:
-            ValueError: if an adapter names no base, or one that is no id of the Hub.
+            ValueError: if it is neither, or an adapter that names no base, or one that is no id of the Hub.
+            HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
         """
-        hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
-        path = str(pretrained_model_name_or_path)
-        if _is_adapter(path, kwargs.get("revision"), **hub):
-            folder = adapter_folder(path, revision=kwargs.pop("revision", None), **hub)
+        path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
+        hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
+        revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
+        local = local_path(path, revision)
+        if local is not None:
+            is_pipeline = (local / cls.config_name).is_file()
+        else:
+            try:
+                index = hub_file(path, cls.config_name, revision=revision, **hub)
+                is_pipeline, revision = True, cached_commit(index) or revision  # all files of one commit
+            except EntryNotFoundError:
+                is_pipeline = False
+        if subfolder or not is_pipeline:
+            folder = adapter_folder(path, subfolder, revision, **hub)
             config = DiffFitConfig.from_pretrained(str(folder))
             if not config.base_model_name_or_path:
                 raise ValueError(
@@ -309,11 +367,15 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             pipe = super().from_pretrained(base, revision=revision, **kwargs)
             pipe.load_difffit_weights(folder)
             return pipe
-        pipe = super().from_pretrained(path, **kwargs)
-        for folder in sorted(f for f in Path(path, _ADAPTERS).glob("*") if f.is_dir()):
+        pipe = super().from_pretrained(path if local is None else str(local), revision=revision, **kwargs)
+        if local is None:  # Diffusers downloads the parts alone
+            wanted = [cls.config_name, f"{_ADAPTERS}/*.json", f"{_ADAPTERS}/*.safetensors"]
+            local = Path(snapshot_download(path, revision=revision, allow_patterns=wanted, **hub))
+        adapters = sorted(folder for folder in (local / _ADAPTERS).glob("*") if folder.is_dir())
+        for folder in adapters:
             pipe.load_difffit_weights(folder, folder.name)
-        state = Path(path, _ADAPTERS, "active.json")
-        if state.is_file():
+        state = local / _ADAPTERS / "active.json"
+        if adapters and state.is_file():
             active = json.loads(state.read_text())
             if not isinstance(active, dict):
                 raise ValueError(
@@ -327,13 +389,21 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiTPipeline, **kwargs: Any) -> DiffFitDiTPipeline:
-        """A `DiffFitDiTPipeline` of another pipeline's parts."""
+        """A `DiffFitDiTPipeline` of another pipeline's parts, or of those in `kwargs`, which stay in their dtypes.
+
+        `dtype` casts them.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if isinstance(pipeline, DiffFitLoaderMixin):
             names = pipeline._base_names()
         else:
             kept = names_of_base(pipeline.transformer)
             names = join_names(pipeline.labels) if kept is None else kept
-        return super().from_pipe(pipeline, **{"id2label": names} | kwargs)
+        pipe = cls(**{**pipeline.components, "id2label": names, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if dtype is not None:
+            pipe.to(dtype=dtype)
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base and, in `adapters/`, the adapters; fused adapters are saved as part of the weights instead.
@@ -344,19 +414,13 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             ValueError: with `push_to_hub`; and if the folder holds adapters that this would not write over, which
                 would be loaded with what it does write. Nothing is then changed.
         """
+        save_directory = os.path.expanduser(save_directory)
         adapted, fused = self.transformer, self._fused()
         folder = Path(save_directory, _ADAPTERS)
-        saved = [] if fused else self.get_list_adapters()
-        others = sorted({f.name for f in folder.glob("*") if f.is_dir()} - {*saved})
-        if others:
-            raise ValueError(
-                f"{folder} holds the adapters {others}, which this pipeline has not to save: they would be loaded with "
-                "it. Remove them, or save to another folder."
-            )
+        saved = self._refuse_others(str(folder), {f.name for f in folder.glob("*") if f.is_dir()})
         if kwargs.get("push_to_hub"):
             raise ValueError(
-                "push_to_hub: a pipeline is uploaded without its adapters. Upload an adapter with "
-                "push_difffit_to_hub(): it names its base, and DiffFitDiTPipeline.from_pretrained loads both."
+                "push_to_hub=True: call push_to_hub(repo_id), which uploads the pipeline and its adapters."
             )
         if saved:
             layers = adapted.base_model._difffit_layers()
@@ -382,6 +446,37 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         else:
             folder.joinpath("active.json").unlink(missing_ok=True)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, in one commit: `from_pretrained(repo_id)` gives it back.
+
+        Keyword arguments as for every pipeline of Diffusers.
+
+        Raises:
+            ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
+            HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
+        self._refuse_others(repo_id, {part[1] for part in parts if part[0] == _ADAPTERS and len(part) > 2})
+        return super().push_to_hub(repo_id, commit_message, private, token, **kwargs)
+
+    def _refuse_others(self, place: str, there: set[str]) -> list[str]:
+        """The adapters to save; refuses a place with others, which would be loaded with them."""
+        saved = [] if self._fused() else self.get_list_adapters()
+        if others := sorted(there - {*saved}):
+            raise ValueError(
+                f"{place} holds the adapters {others}, which this pipeline has not to save: they would be loaded with "
+                "it. Remove them, or choose another place."
+            )
+        return saved
+
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class indices of names: of one, or of each in a list.
 
@@ -393,14 +488,3 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         """
         labels = [label] if isinstance(label, str) else list(label)
         return class_indices(labels, self.id2label, self.transformer.config.num_embeds_ada_norm)
-
-
-def _is_adapter(path: str, revision: str | None, **hub: Any) -> bool:
-    """Whether a folder or Hub repository holds an adapter rather than a pipeline."""
-    if os.path.isdir(path):
-        return Path(path, CONFIG_NAME).is_file()
-    try:
-        hf_hub_download(path, DiTPipeline.config_name, revision=revision, **hub)
-    except EntryNotFoundError:
-        return True
-    return False

@@ -36,6 +36,7 @@ from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.class_names import classes_called
 from difffit_peft.config import parse_colour
 from difffit_peft.files import write
+from difffit_peft.hub import adapter_folder
 from difffit_peft.training.data import LabelledImages, load_labelled_images, to_pixels
 
 NEIGHBOURS = 3  # k of precision and recall
@@ -56,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--pretrained_model_name_or_path", required=True, help="a DiTPipeline: Hub id or folder")
     model.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
     model.add_argument("--variant", help="variant of the base's files, such as fp16")
-    model.add_argument("--adapter", help="a PEFT adapter: folder or Hub id; default: the base alone")
+    model.add_argument("--adapter", help="a DiffFit adapter: folder or Hub id; default: the base alone")
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
 
     real = parser.add_argument_group("real images")
@@ -287,7 +288,7 @@ def main(args: argparse.Namespace) -> dict:
     )
     accelerator.print(data.summary())
     if args.adapter:
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, args.adapter)
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter_folder(args.adapter))
     resolution = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     trained_on = next((c.background for c in active_configs(pipe) if getattr(c, "background", None)), "white")
     background = args.background or trained_on

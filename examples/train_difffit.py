@@ -16,6 +16,7 @@ import signal
 import statistics
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="kept from training for the validation loss; default: one in twenty, up to 200",
     )
-    base.add_argument("--output_dir", type=Path, default=Path("difffit-adapter"))
+    base.add_argument("--output_dir", type=lambda path: Path(path).expanduser(), default=Path("difffit-adapter"))
     base.add_argument("--cache_dir", help="for downloads and encoded images; default: the Hugging Face cache")
 
     difffit = parser.add_argument_group("DiffFit")
@@ -425,8 +426,12 @@ def main(args: argparse.Namespace) -> Result:
                 validate()
             if loop.step % args.checkpointing_steps == 0 or loop.stopping:
                 state = loop.state_dict() | {"history": history}
+                with loop.averaged_weights():
+                    save = partial(
+                        save_adapter, model, repo_id=f"checkpoint-{loop.step}", state_dict=loop.trained_weights()
+                    )
                 if accelerator.is_main_process:
-                    save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit)
+                    save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit, save)
     except Diverged as error:
         last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
         raise Diverged(f"{error} No adapter is saved.{last}") from None

@@ -31,6 +31,7 @@ from peft import PeftModel, get_peft_model
 from PIL import ImageChops, ImageStat
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft.hub import push_adapter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOKEN = os.environ["HF_TOKEN"]
@@ -161,12 +162,36 @@ def test_what_is_on_the_hub(api, trained, tmp_path):
         assert card.validate() is None  # by the Hub
 
 
-def test_the_cards_lines_run_as_they_stand(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", ["on the Hub", "in a folder"])
+def test_the_cards_lines_run_as_they_stand(trained, tmp_path, monkeypatch, base):
+    """Also those of an adapter whose base is in a folder: its card does not send the reader to the Hub for it."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", ModelCard.load("me/fox").text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) <= 5
-    exec(compile(code, "README.md", "exec"), {})
+    if base == "on the Hub":
+        text = ModelCard.load("me/fox").text
+    else:
+        make_pipeline().save_pretrained("my-base")
+        pipe = DiffFitDiTPipeline.from_pretrained("my-base")
+        pipe.transformer = get_peft_model(pipe.transformer, DiffFitConfig(id2label=LABELS)).eval()
+        randomise(pipe.transformer)
+        pipe.push_difffit_to_hub("me/of-a-folder")
+        text = ModelCard.load("me/of-a-folder").text
+    ours, pefts = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in ours.splitlines() if line]) <= 6
+    names = {}
+    exec(compile(ours, "README.md", "exec"), names)
     assert PIL.Image.open("sample.png").size == (16, 16)
+    assert torch.equal(images(names["pipe"]), images(trained))
+    exec(compile(pefts, "README.md", "exec"), names)
+    assert torch.equal(images(names["pipe"]), images(trained)) and type(names["pipe"]) is DiTPipeline
+    assert pefts.startswith("import difffit_peft\n") and "without it, PEFT stops with `KeyError: 'DIFFFIT'`" in text
+
+
+def test_what_peft_says_without_the_package(trained):
+    """As the card and the README say."""
+    code = "import peft; peft.PeftModel.from_pretrained(peft.PeftModel.__new__(peft.PeftModel), 'me/fox')"
+    process = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=120)
+    assert process.stderr.splitlines()[-1] == "KeyError: 'DIFFFIT'"
+    assert "KeyError: 'DIFFFIT'" in (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_loaded_adapters_are_those_that_were_pushed(trained, tmp_path):
@@ -181,6 +206,118 @@ def test_pefts_own_push_to_hub(trained, tmp_path):
     trained.transformer.push_to_hub("me/by-peft")
     loaded = DiffFitDiTPipeline.from_pretrained("me/by-peft", cache_dir=tmp_path)
     assert torch.equal(images(loaded), images(trained)) and loaded.get_label_ids("owl") == [1]
+
+
+# Pipelines with adapters
+
+
+@pytest.fixture(scope="module")
+def blended(trained, tmp_path_factory) -> DiffFitDiTPipeline:
+    """A pipeline with the adapters fox and owl, both active."""
+    folder = tmp_path_factory.mktemp("owl")
+    model = get_peft_model(make_pipeline().transformer, DiffFitConfig(gamma_modules=[]))
+    randomise(model)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    pipe = DiffFitDiTPipeline.from_pretrained("me/base")
+    pipe.load_difffit_weights("me/fox", "fox")
+    pipe.load_difffit_weights(folder, "owl")
+    return pipe
+
+
+@pytest.mark.parametrize("state", ["active", "disabled", "fused"])
+@pytest.mark.parametrize("way", ["push_to_hub", "upload_folder"])
+def test_a_pipeline_comes_back_with_its_adapters(api, blended, tmp_path, way, state):
+    """From the Hub, from its cache alone, and from a commit: what comes back from a folder comes back from there."""
+    blended.set_adapters(["owl", "fox"], [0.3, 0.8])
+    {"active": lambda: None, "disabled": blended.disable_difffit, "fused": blended.fuse_difffit}[state]()
+    expected, labels, active = images(blended), blended.labels, blended.get_active_adapters()
+    repo = f"me/{state}-{way}"
+    if way == "push_to_hub":
+        blended.push_to_hub(repo, "All of it", True)  # commit_message, private
+        assert api.model_info(repo).private and api.list_repo_commits(repo)[0].title == "All of it"
+    else:
+        blended.save_pretrained(tmp_path / "folder")
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=tmp_path / "folder")
+    if state == "fused":
+        blended.unfuse_difffit()
+    commit = api.model_info(repo).sha
+    api.delete_file("model_index.json", repo)  # a later commit, which that one does not see
+    with pytest.raises(EntryNotFoundError):
+        DiffFitDiTPipeline.from_pretrained(repo, cache_dir=tmp_path / "cache")
+    api.create_branch(repo, branch="whole", revision=commit)
+    for options in (
+        {"revision": "whole"},
+        {"revision": commit},
+        {"revision": "whole", "local_files_only": True},
+    ):
+        if OLD_CLIENT and "local_files_only" in options:
+            continue  # old diffusers asks for the base in any case
+        loaded = DiffFitDiTPipeline.from_pretrained(repo, cache_dir=tmp_path / "cache", **options)
+        assert torch.equal(images(loaded), expected) and loaded.labels == labels
+        assert loaded.get_list_adapters() == ([] if state == "fused" else ["fox", "owl"])
+        assert loaded.get_active_adapters() == ([] if state == "fused" else active)
+    plain = DiTPipeline.from_pretrained(repo, revision="whole", cache_dir=tmp_path / "cache")
+    blended.disable_difffit()
+    assert torch.equal(images(plain), expected if state == "fused" else images(blended))
+
+
+def test_adapters_put_beside_a_pipeline_by_hand(api, trained, tmp_path):
+    """As in a folder: all are loaded, and the last one is active."""
+    make_pipeline().push_to_hub("me/by-hand")
+    folder = snapshot_download("me/fox", cache_dir=tmp_path / "fox")
+    for name in ("fox", "owl"):
+        api.upload_folder(repo_id="me/by-hand", folder_path=folder, path_in_repo=f"adapters/{name}")
+    pipe = DiffFitDiTPipeline.from_pretrained("me/by-hand", cache_dir=tmp_path)
+    local = DiffFitDiTPipeline.from_pretrained(snapshot_download("me/by-hand", cache_dir=tmp_path))
+    for loaded in (pipe, local):
+        assert loaded.get_list_adapters() == ["fox", "owl"] and loaded.get_active_adapters() == ["owl"]
+        assert torch.equal(images(loaded), images(trained))
+    inside = DiffFitDiTPipeline.from_pretrained("me/by-hand", subfolder="adapters/fox", cache_dir=tmp_path)
+    assert inside.get_active_adapters() == ["default_0"] and torch.equal(images(inside), images(trained))
+
+
+def test_a_pipeline_is_not_pushed_beside_other_adapters(api, blended):
+    """They would be loaded with it, fused ones a second time."""
+    blended.set_adapters(["owl", "fox"])
+    for _ in range(2):  # over itself
+        blended.push_to_hub("me/both")
+    before = api.model_info("me/both").sha
+    blended.fuse_difffit()
+    with pytest.raises(ValueError, match=r"me/both holds the adapters \['fox', 'owl'\]"):
+        blended.push_to_hub("both")
+    blended.unfuse_difffit()
+    assert api.model_info("me/both").sha == before
+
+
+# Local or Hub
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_folder_that_is_mistyped(trained, tmp_path, monkeypatch, away):
+    """The first words say that there is no such folder, and not that the connection is to be checked."""
+    monkeypatch.chdir(tmp_path)
+    if away:
+        HUB.fail("HEAD", "/resolve/", status=500, times=1000)
+    pipe = DiffFitDiTPipeline.from_pipe(make_pipeline())
+    for load in (pipe.load_difffit_weights, DiffFitDiTPipeline.from_pretrained, DiffFitConfig.from_pretrained):
+        with pytest.raises((RepositoryNotFoundError, LocalEntryNotFoundError)) as error:
+            load("my_adaptr")
+        start = f"There is no folder {tmp_path}/my_adaptr, so the Hub was asked for the repository 'my_adaptr': "
+        assert str(error.value).startswith(start)
+
+
+def test_keywords_that_no_verb_knows(api, trained):
+    """The same as for a folder, and before anything is made or changed on the Hub."""
+    pipe = DiffFitDiTPipeline.from_pipe(make_pipeline())
+    with pytest.raises(TypeError, match="adapter_weights"):
+        pipe.load_difffit_weights("me/fox", adapter_weights=0.3)
+    HUB.requests.clear()
+    with pytest.raises(TypeError, match="licence"):
+        trained.push_difffit_to_hub("me/never", licence="mit")
+    with pytest.raises(ValueError, match="no adapter 'owl'"):
+        push_adapter(trained.transformer, "me/never", "owl")
+    assert not HUB.requests
 
 
 def test_revisions_subfolders_private_repositories_and_pull_requests(api, trained, tmp_path):
@@ -276,10 +413,10 @@ def test_class_names_and_settings_put_no_markup_into_the_card(trained, tmp_path)
     assert card.data.license == MARKUP[0] and card.data.tags == ["difffit", "diffusers", "peft"]
     assert card.data.datasets is None
     prose = re.sub(r"`[^`\n]*`", "", re.sub(r"```\w*\n.*?\n```", "", card.text, flags=re.DOTALL))
-    for marks in ("evil", "script", "alert", "Heading", "import", "\u202e", "\0", "\033", "{", "`"):
+    for marks in ("evil", "script", "alert", "Heading", "import os", "\u202e", "\0", "\033", "{", "`"):
         assert marks not in prose
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert "os" not in code and "pipe([0])" in code
+    code, pefts = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert "os" not in code + pefts and "pipe([0])" in code
     assert len(card.text) < 20_000
 
 

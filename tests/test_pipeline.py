@@ -9,12 +9,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, make_pipeline
+from conftest import HUB, make_dit, make_pipeline
 from diffusers import DiTPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, hotswap_adapter
 
 LABELS = {"fox": ["fox", "owl", "hare"], "art": ["oil", "ink"], "plain": None}
 
@@ -123,6 +123,50 @@ def test_fusing(folder, pipe):
     assert torch.equal(images(pipe), expected)
     pipe.unload_difffit_weights()
     assert torch.equal(images(pipe), base)
+
+
+def test_fusing_some(folder, pipe, tmp_path):
+    """What is fused is what is listed, named and saved; the others come back after it."""
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.load_difffit_weights(folder / "art", "art")
+    pipe.set_adapters(["art", "fox"])
+    both = images(pipe)
+    pipe.fuse_difffit("fox")
+    assert pipe.get_active_adapters() == ["fox"] and pipe.get_label_ids("hare") == [2]
+    torch.testing.assert_close(images(pipe), stock(folder, "fox"), rtol=0, atol=1e-4)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffFitDiTPipeline.from_pretrained(tmp_path)
+    assert torch.equal(images(loaded), images(pipe)) and loaded.labels == pipe.labels
+    pipe.fuse_difffit(["art"])
+    assert pipe.get_active_adapters() == ["fox", "art"]
+    torch.testing.assert_close(images(pipe), both, rtol=0, atol=1e-4)
+    pipe.unfuse_difffit()
+    assert pipe.get_active_adapters() == ["art", "fox"] and pipe.get_label_ids("ink") == [1]
+    assert torch.equal(images(pipe), both)
+
+
+def test_fusing_and_taking_over_say_nothing(folder, tmp_path, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = DiffFitDiTPipeline.from_pipe(DiTPipeline.from_pretrained(folder / "base"))
+        pipe.load_difffit_weights(folder / "fox")
+        for _ in range(2):
+            pipe.fuse_difffit()
+            pipe.save_pretrained(tmp_path)
+        for _ in range(2):
+            pipe.unfuse_difffit()
+        pipe.fuse_difffit()
+        pipe.transformer.merge_and_unload()
+    assert "float32" not in "".join(capfd.readouterr())
+
+
+def test_taking_over_leaves_the_parts_as_they_are(folder):
+    stock = DiTPipeline.from_pretrained(folder / "base")
+    stock.transformer.to(torch.bfloat16)
+    pipe = DiffFitDiTPipeline.from_pipe(stock)
+    assert pipe.transformer is stock.transformer and pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32 and pipe.config._name_or_path == stock.config._name_or_path
+    assert DiffFitDiTPipeline.from_pipe(stock, dtype=torch.float32).transformer.dtype == torch.float32
 
 
 def test_hotswap(folder, pipe, tmp_path):
@@ -236,7 +280,7 @@ def test_a_folder_with_other_adapters_is_not_saved_to(folder, pipe, tmp_path):
     plain = images(pipe)
     with pytest.raises(ValueError, match=r"holds the adapters \['fox'\]"):
         pipe.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="push_to_hub: a pipeline is uploaded without its adapters"):
+    with pytest.raises(ValueError, match="push_to_hub=True: call push_to_hub"):
         pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
     assert {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()} == before
     assert not (tmp_path / "new").exists()
@@ -284,18 +328,140 @@ def test_saved_weights_load_again(folder, pipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["fox"]
 
 
-def test_from_pipe_and_from_an_adapter(folder, monkeypatch):
+def test_from_pipe(folder):
     pipe = DiffFitDiTPipeline.from_pipe(DiTPipeline.from_pretrained(folder / "base"))
     assert pipe.get_label_ids("Tinca tinca") == [0]
-    monkeypatch.chdir(folder)  # the adapters name their base, and no path: here it is found
-    config = json.loads((folder / "fox" / "adapter_config.json").read_text())
-    (folder / "fox" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
-    loaded = DiffFitDiTPipeline.from_pretrained(folder / "fox")
-    assert torch.equal(images(loaded), stock(folder, "fox")) and loaded.get_label_ids("fox") == [0]
-    (folder / "fox" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="names no base: load the base with from_pretrained"):
-        DiffFitDiTPipeline.from_pretrained(folder / "fox")
-    (folder / "fox" / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "names no base: load the base with from_pretrained"),
+        (
+            "base",
+            "the base 'base', which is not the id of a repository on the Hub.* Load the base with from_pretrained",
+        ),
+    ],
+)
+def test_an_adapter_of_a_base_that_is_not_on_the_hub(folder, tmp_path, monkeypatch, base, message):
+    """Neither the Hub nor the working directory is searched for the folder that the base was in."""
+    monkeypatch.chdir(folder)
+    shutil.copytree(folder / "fox", tmp_path / "fox")
+    config = tmp_path / "fox" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+    requests = len(HUB.requests)
+    with pytest.raises(ValueError, match=message):
+        DiffFitDiTPipeline.from_pretrained(tmp_path / "fox")
+    assert len(HUB.requests) == requests
+
+
+# Where an adapter is
+
+
+def test_the_home_folder(folder, pipe, tmp_path, monkeypatch):
+    """`~` is the same when something is saved as when it is loaded."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.save_difffit_weights("~/fox")
+    pipe.save_pretrained("~/pipeline")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox", "pipeline"]
+    loaded = DiffFitDiTPipeline.from_pretrained("~/pipeline")
+    assert loaded.get_active_adapters() == ["fox"]
+    loaded.load_difffit_weights("~/fox", "again")
+    hotswap_adapter(loaded.transformer, "~/fox", "again")
+    assert DiffFitConfig.from_pretrained("~/fox").id2label[0] == "fox"
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_of_an_adapter_stands_for_its_folder(folder, pipe, file):
+    pipe.load_difffit_weights(folder / "art", "one")
+    pipe.load_difffit_weights(folder / "fox" / file, "two")
+    assert torch.equal(images(pipe), stock(folder, "fox"))
+    assert DiffFitConfig.from_pretrained(str(folder / "fox" / file)).id2label[0] == "fox"
+
+
+@pytest.fixture(scope="module")
+def places(folder, tmp_path_factory):
+    """Folders that are no adapter, by what is said of them."""
+    places = tmp_path_factory.mktemp("places")
+    pipe = DiffFitDiTPipeline.from_pretrained(folder / "base")
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    pipe.save_pretrained(places / "pipeline")
+    pipe.transformer.save_pretrained(places / "named", save_embedding_layers=False)  # peft: into the folder fox
+    (places / "empty").mkdir()
+    (places / "file.txt").touch()
+    return places
+
+
+WHERE = {
+    "empty": r"empty is neither an adapter nor a pipeline: it holds no adapter_config.json and no model_index.json.$",
+    "named": "named is neither an adapter nor a pipeline.* Adapters in it: fox.$",
+    "file.txt": "file.txt is a file: pass the folder of the adapter, which holds adapter_config.json and adapter_model",
+    "pipeline/transformer": "transformer is neither an adapter nor a pipeline",
+    "absent/absent/absent": "There is no file or folder .*absent/absent, and .* cannot be the id of a repository",
+    "./absent": "There is no file or folder .*absent, and './absent' cannot be the id of a repository on the Hub",
+    "~/absent": "There is no file or folder .*absent, and .* cannot be the id of a repository on the Hub",
+    "https://huggingface.co/me/fox/tree/main": "is a URL. Pass the id of the repository, 'me/fox'.",
+    "https://huggingface.co": "is a URL. Pass the id of the repository, such as 'user/name'.",
+    "me/fox extra": "cannot be the id of a repository on the Hub, such as 'user/name'",
+}
+LOADERS = {
+    "load": lambda pipe, path, **kwargs: pipe.load_difffit_weights(path, **kwargs),
+    "pipeline": lambda pipe, path, **kwargs: DiffFitDiTPipeline.from_pretrained(path, **kwargs),
+    "hotswap": lambda pipe, path, **kwargs: hotswap_adapter(pipe.transformer, path, "fox", **kwargs),
+    "config": lambda pipe, path, **kwargs: DiffFitConfig.from_pretrained(path, **kwargs),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("path", WHERE)
+def test_places_without_an_adapter(folder, pipe, places, monkeypatch, path, loader):
+    """Said at once, by every function that takes such a place, and without asking the Hub."""
+    monkeypatch.chdir(places)
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    requests = len(HUB.requests)
+    with pytest.raises(ValueError, match=WHERE[path]):
+        LOADERS[loader](pipe, path)
+    assert len(HUB.requests) == requests and pipe.get_list_adapters() == ["fox"]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_folders_have_no_revisions_and_may_have_subfolders(folder, pipe, places, loader):
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    with pytest.raises(ValueError, match="revision='v2': .*named is on this machine, where there are no revisions"):
+        LOADERS[loader](pipe, places / "named", revision="v2", subfolder="fox")
+    with pytest.raises(ValueError, match="absent does not exist: pass the folder of the adapter"):
+        LOADERS[loader](pipe, places / "named", subfolder="absent")
+    if loader != "pipeline":  # these adapters name no base
+        LOADERS[loader](pipe, places / "named", subfolder="fox")
+
+
+def test_a_pipeline_is_not_an_adapter(folder, pipe, places):
+    for loader in ("load", "hotswap", "config"):
+        pipe.load_difffit_weights(folder / "fox", "fox")
+        with pytest.raises(ValueError, match="is a pipeline, not an adapter: load it with .* in it: adapters/fox.$"):
+            LOADERS[loader](pipe, places / "pipeline")
+        pipe.unload_difffit_weights()
+    pipe.load_difffit_weights(places / "pipeline" / "adapters" / "fox")
+    assert torch.equal(images(pipe), stock(folder, "fox"))
+
+
+@pytest.mark.parametrize("keyword", ["adapter_weights", "weight_name", "subfoldr"])
+def test_keywords_that_no_verb_knows(folder, pipe, keyword):
+    pipe.load_difffit_weights(folder / "fox", "fox")
+    for verb in (
+        lambda **kwargs: pipe.load_difffit_weights(folder / "art", **kwargs),
+        lambda **kwargs: hotswap_adapter(pipe.transformer, folder / "fox", "fox", **kwargs),
+        lambda **kwargs: pipe.save_difffit_weights(folder / "new", **kwargs),
+    ):
+        with pytest.raises(TypeError, match=keyword):
+            verb(**{keyword: 0.3})
+    assert pipe.get_list_adapters() == ["fox"] and not (folder / "new").exists()
+
+
+def test_fields_of_a_config_are_not_taken_beside_its_file(folder):
+    with pytest.raises(ValueError, match=r"\['inference_mode', 'r'\]: load the config first, and then set its fields"):
+        DiffFitConfig.from_pretrained(str(folder / "fox"), r=2, inference_mode=True)
 
 
 # Refusals
@@ -319,6 +485,15 @@ def test_wrong_names_and_weights(folder, pipe):
         lambda: pipe.load_difffit_weights(folder / "art", "art", hotswap=True): "no adapter 'art' to swap",
         lambda: pipe.set_adapters(["fox", "fix"]): "Did you mean 'fox'?",
         lambda: pipe.set_adapters([]): "at least one",
+        lambda: pipe.set_adapters(["fox", "fox"]): "each adapter once",
+        lambda: pipe.set_adapters(
+            {"fox": 0.1}
+        ): r"Strengths go apart, as in set_adapters\(\['a', 'b'\], \[0.8, 0.2\]\)",
+        lambda: pipe.delete_adapters({"fox": 0.1}): "a string or a list of strings",
+        lambda: pipe.fuse_difffit({"fox": 0.1}): "a string or a list of strings",
+        lambda: pipe.fuse_difffit([]): "at least one",
+        lambda: pipe.fuse_difffit(["fox", "fox"]): "each adapter once",
+        lambda: pipe.save_difffit_weights("nowhere", ["fox"]): "no adapter \\['fox'\\]",
         lambda: pipe.set_adapters("fox", [0.1, 0.2]): "one finite number",
         lambda: pipe.set_adapters("fox", float("nan")): "one finite number",
         lambda: pipe.delete_adapters(["fox", "fix"]): "no adapter 'fix'",

@@ -214,6 +214,26 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(script, workdir):
 # Resuming
 
 
+def test_a_checkpoint_is_the_adapter_of_its_step(script, workdir):
+    flags = ("--checkpointing_steps", "2", "--num_validation_images", "0")
+    result = run(script, workdir, "kept", *flags)
+    final = load_file(result.output_dir / "adapter_model.safetensors")
+    pipe = DiffFitDiTPipeline.from_pretrained(workdir / "base")
+    for step in (2, 4):
+        checkpoint = result.output_dir / f"checkpoint-{step}"
+        pipe.load_difffit_weights(checkpoint, checkpoint.name)
+        tensors = load_file(checkpoint / "adapter_model.safetensors")
+        assert all(torch.equal(tensors[name], final[name]) for name in final) == (step == 4)
+        assert f"# `checkpoint-{step}`" in (checkpoint / "README.md").read_text()
+    assert pipe.get_list_adapters() == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_home_folder(script, workdir, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    args = script.parse_args([*arguments(workdir, "x"), "--output_dir=~/adapter"])
+    assert args.output_dir == Path("/home/of/someone/adapter")
+
+
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
     flags = ["--max_train_steps", "10", "--checkpointing_steps", "1", "--num_validation_images", "0"]
     whole = run(script, workdir, "whole", *flags)

@@ -1,6 +1,7 @@
 """The verbs of PEFT that go beyond one adapter: blended, swapped, injected, mixed with other methods, trained on."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -41,6 +42,87 @@ def saved(tmp_path):
         spread(model, "default", seed)
         model.save_pretrained(tmp_path / name, save_embedding_layers=False)
     return tmp_path
+
+
+# Attached twice
+
+
+def attach(kind: str, model, path) -> PeftModel:
+    if kind == "loaded":
+        return PeftModel.from_pretrained(model, path)
+    if kind == "loaded under another name":
+        return PeftModel.from_pretrained(model, path, adapter_name="owl")
+    return get_peft_model(model, DiffFitConfig())
+
+
+@pytest.mark.parametrize("kind", ["loaded", "loaded under another name", "new"])
+@pytest.mark.parametrize("given", ["PeftModel", "DiffFitModel", "base"])
+def test_a_model_that_has_adapters_is_told_where_to_load_another(saved, inputs, kind, given):
+    dit = make_dit()
+    model = PeftModel.from_pretrained(dit, saved / "fox")
+    expected, config = outputs(model, inputs), model.peft_config["default"]
+    target = {"PeftModel": model, "DiffFitModel": model.base_model, "base": dit}[given]
+    if given == "base" and "another" in kind:
+        return  # as peft allows, and Diffusers does
+    message = "has an adapter 'default' already" if given == "base" else f"is a {given}, which has adapters already"
+    with pytest.raises(ValueError, match=rf"The model {message}.*load_adapter\(path, adapter_name\)"):
+        attach(kind, target, saved / "owl")
+    assert model.peft_config == {"default": config} and model.peft_config["default"] is config
+    assert torch.equal(outputs(model, inputs), expected)
+    model.load_adapter(saved / "owl", "owl")
+    model.set_adapter("owl")
+    assert torch.equal(outputs(model, inputs), outputs(PeftModel.from_pretrained(make_dit(), saved / "owl"), inputs))
+
+
+# Merging
+
+
+def test_modules_saved_whole_go_with_the_active_adapter(dit, inputs):
+    """A merge of another adapter would give a model that computes with neither."""
+    model = get_peft_model(dit, DiffFitConfig(modules_to_save=["proj_out_2"]), "a").eval()
+    model.add_adapter("b", DiffFitConfig(exclude_modules=["proj_out_2"]))
+    spread(model, "a", 1), spread(model, "b", 2)
+    model.base_model.model.proj_out_2.modules_to_save["a"].weight.data += 0.1
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'a' has modules_to_save.* Call set_adapter\(\['b'\]\) first"):
+            merge(adapter_names=["b"])
+    model.set_adapter("b")
+    expected = outputs(model, inputs)
+    with pytest.raises(ValueError, match="'a' has modules_to_save"):
+        model.merge_adapter(["a", "b"])
+    torch.testing.assert_close(outputs(model.merge_and_unload(adapter_names=["b"]), inputs), expected, **CLOSE)
+
+
+def test_merges_of_no_adapter_and_of_one_twice(dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig(), "a").eval()
+    spread(model, "a", 1)
+    expected = outputs(model, inputs)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="name each adapter once"):
+            merge(adapter_names=["a", "a"])
+        with pytest.raises(ValueError, match="There is no adapter to merge"):
+            merge(adapter_names=[])
+        with pytest.raises(TypeError, match="should be a list of strings, got 'a'"):
+            merge(adapter_names="a")
+    with pytest.raises(ValueError, match="name each adapter once"):
+        model.base_model.set_adapter(["a", "a"])
+    assert torch.equal(outputs(model, inputs), expected)
+
+
+def test_what_a_verb_says_it_says_once(saved):
+    model = PeftModel.from_pretrained(make_dit(), saved / "fox", adapter_name="fox")
+    model.load_adapter(saved / "owl", "owl")
+    model.unmerge_adapter()
+    model.merge_adapter()
+    for verb in (lambda: model.merge_adapter(), lambda: model.set_adapter("owl"), lambda: model.delete_adapter("owl")):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            verb()
+        assert len(said) <= 1
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_and_unload()
 
 
 # One batch, many adapters
@@ -297,6 +379,16 @@ def test_a_mixed_merge_that_fails_changes_nothing(first):
     assert not any(getattr(module, "merged", False) for module in model.modules())
     for name, tensor in before.items():  # LoRA unmerges by subtracting
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["lora", "difffit"])
+def test_mixed_merges_of_names_that_are_not_there(first, inputs):
+    model = mixed_dit(first)
+    expected = outputs(model, inputs)
+    for merge in (model.base_model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="no adapter 'difffi'.* Did you mean 'difffit'?"):
+            merge(adapter_names=["lora", "difffi"])
+    assert torch.equal(outputs(model, inputs), expected)
 
 
 @pytest.mark.parametrize("first", ["lora", "difffit"])

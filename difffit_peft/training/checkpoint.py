@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,19 @@ def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def save_checkpoint(
-    output_dir: str | os.PathLike, step: int, state: dict[str, Any], run: dict[str, Any], total_limit: int | None = None
+    output_dir: str | os.PathLike,
+    step: int,
+    state: dict[str, Any],
+    run: dict[str, Any],
+    total_limit: int | None = None,
+    save_adapter: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes `checkpoint-<step>` and then removes the oldest ones beyond `total_limit`.
 
     Args:
         state: tensors and plain values, all that the run needs to go on.
         run: what the run is, as JSON: data (`LatentDataset.about`), base, settings. `load_checkpoint` compares it.
+        save_adapter: writes the adapter of this step beside them, so that the checkpoint is one to load, too.
 
     Raises:
         OSError: if it cannot be written. Earlier checkpoints are then as they were.
@@ -54,6 +61,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         torch.save(state, partial / "state.pt")
         (partial / "run.json").write_text(json.dumps(run, indent=2))
+        if save_adapter is not None:
+            save_adapter(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     except BaseException:
