@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -95,6 +97,8 @@ class DiffFitConfig(PeftConfig):
     _shapes_in_file = None
 
     def __post_init__(self) -> None:
+        for name in ("r", "num_classes", "sample_size"):
+            setattr(self, name, _plain(getattr(self, name)))
         super().__post_init__()
         self.peft_type = PeftType.DIFFFIT
         for name in ("target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"):
@@ -105,9 +109,11 @@ class DiffFitConfig(PeftConfig):
         ):
             raise ValueError(f"modules_to_save={short(saved)}: must be a list of module names, or None.")
         if self.gamma_layers is not None:
-            layers = self.gamma_layers
-            if not _is_list(layers) or not all(_is_int(i) and i >= 0 for i in layers):
-                raise ValueError(f"gamma_layers={short(layers)}: must be a list of block indices from 0 up, or None.")
+            layers = [_plain(i) for i in self.gamma_layers] if _is_list(self.gamma_layers) else None
+            if layers is None or not all(_is_int(i) and i >= 0 for i in layers):
+                raise ValueError(
+                    f"gamma_layers={short(self.gamma_layers)}: must be a list of block indices from 0 up, or None."
+                )
             self.gamma_layers = sorted(set(layers))
         if not (_is_int(self.r) and self.r >= 0):
             raise ValueError(f"r={short(self.r)}: must be an integer, 0 for no change of low rank.")
@@ -160,14 +166,15 @@ class DiffFitConfig(PeftConfig):
         if not isinstance(self.id2label, dict) or not self.id2label:
             raise ValueError(f"id2label={short(self.id2label)}: must be a dict of class indices and names, or None.")
         try:
-            self.id2label = {int(index): label for index, label in self.id2label.items()}  # JSON has string keys
+            self.id2label = {  # JSON has string keys
+                int(index) if isinstance(index, str) else operator.index(index): label
+                for index, label in self.id2label.items()
+            }
         except (TypeError, ValueError):
-            raise ValueError(
-                f"id2label has the keys {short(list(self.id2label)[:5])}: they must be class indices."
-            ) from None
+            raise ValueError(f"id2label has the keys {listed(self.id2label)}: they must be class indices.") from None
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(
-                f"id2label has the keys {sorted(self.id2label)[:5]}...: they must be 0 to {len(self.id2label) - 1}, "
+                f"id2label has the keys {listed(sorted(self.id2label))}: they must be 0 to {len(self.id2label) - 1}, "
                 f"one for each of its {len(self.id2label)} classes."
             )
         if not all(isinstance(label, str) for label in self.id2label.values()):
@@ -181,9 +188,16 @@ class DiffFitConfig(PeftConfig):
 
 
 def nearest(given: Any, allowed: list[str]) -> str:
-    """' Did you mean ...?', or nothing where no allowed name is near."""
+    """' Did you mean ...?', or nothing where no allowed name is near, or the name itself is allowed."""
     close = get_close_matches(str(given), allowed, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {close[0]!r}?" if close and close[0] != given else ""
+
+
+def listed(values: Iterable[Any], most: int = 12) -> str:
+    """'a', 'b' and 3 more: what a message shows of many values."""
+    values = list(values)
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(short(value, 80) for value in values[:most]) + more
 
 
 def fullmatches(field_name: str, expression: str, names: Iterable[str]) -> list[str]:
@@ -202,6 +216,22 @@ def fullmatches(field_name: str, expression: str, names: Iterable[str]) -> list[
         ) from None
 
 
+def finite(value: Any) -> float | None:
+    """The value, if it is a finite number: of Python, NumPy or PyTorch."""
+    try:
+        return float(value) if math.isfinite(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """An integer of NumPy or PyTorch as Python's, which JSON takes; any other value as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -210,10 +240,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and len(value) <= _MAX_ENTRIES
 
 
-def short(value: Any) -> str:
+def short(value: Any, length: int = 200) -> str:
     """What a message shows of a value that may be of any size."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an enormous number"
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _checked_patterns(name: str, value: Any) -> list[str] | str | None:

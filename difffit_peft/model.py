@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from . import conditioning, resolution
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
-from .config import DiffFitConfig, fullmatches, nearest, short
+from .config import DiffFitConfig, finite, fullmatches, listed, nearest, short
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported, parameter_shapes
 
@@ -125,12 +124,13 @@ class DiffFitModel(BaseTuner):
                 f"There is no adapter {adapter_name!r}: the model has {sorted(self.peft_config)}."
                 + nearest(adapter_name, list(self.peft_config))
             )
-        if not math.isfinite(strength):
-            raise ValueError(f"strength={strength}: must be a finite number.")
+        number = finite(strength)
+        if number is None:
+            raise ValueError(f"strength={short(strength)}: must be a finite number.")
         if any(adapter_name in layer.merged_adapters for layer in self._difffit_layers()):
             raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
         for layer in self._difffit_layers():
-            layer.set_scale(adapter_name, strength)
+            layer.set_scale(adapter_name, number)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Adds an adapter that does alone what `adapters` do together at strengths `weights`, whatever theirs are now.
@@ -145,7 +145,8 @@ class DiffFitModel(BaseTuner):
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters or len({*adapters}) < len(adapters):
             raise ValueError(f"adapters={adapters}: must be names of {sorted(self.peft_config)}, each at most once.")
-        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        numbers = [number for weight in weights if (number := finite(weight)) is not None]
+        if not len(numbers) == len(weights) == len(adapters):
             raise ValueError(f"weights={weights}: must be one finite number for each of the {len(adapters)} adapters.")
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
@@ -162,7 +163,7 @@ class DiffFitModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         for layer in self._difffit_layers():
-            layer.blend(adapter_name, dict(zip(adapters, weights, strict=True)))
+            layer.blend(adapter_name, dict(zip(adapters, numbers, strict=True)))
 
     def _covering_config(self, adapters: list[str]) -> DiffFitConfig:
         """A config that selects what any of the adapters trains."""
@@ -303,7 +304,7 @@ def _facts_of_base(
         if config.sample_size is not None:
             raise ValueError(
                 f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
-                f"{', '.join(ARCHITECTURES)} can. Leave it out."
+                f"{listed(ARCHITECTURES)} can. Leave it out."
             )
         return {}
     base = {name: model.config[name] for name in architecture.base_config}
@@ -478,7 +479,7 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     blocks = set(range(num_blocks)) if config.gamma_layers is None else set(config.gamma_layers)
     if blocks - set(range(num_blocks)):
         raise ValueError(
-            f"gamma_layers={config.gamma_layers}: this model has {num_blocks} blocks"
+            f"gamma_layers={short(config.gamma_layers)}: this model has {num_blocks} blocks"
             + (f", so indices go from 0 to {num_blocks - 1}." if num_blocks else ": leave gamma_layers out.")
         )
     if config.gamma_modules is not None:
@@ -539,18 +540,21 @@ def _matching(field: str, patterns: list[str] | str | None, names: Iterable[str]
     names = list(names)
     if not patterns:
         return []
+    endings = {name: {name.split(".", i)[-1] for i in range(name.count(".") + 1)} for name in names}
+    known = set().union(*endings.values())
     if isinstance(patterns, str):
         selected = fullmatches(field, patterns, names)
         missing = [] if selected else [patterns]
     else:
-        endings = {name: {name.split(".", i)[-1] for i in range(name.count(".") + 1)} for name in names}
         selected = [name for name in names if not endings[name].isdisjoint(patterns)]
-        known = set().union(*endings.values())
         missing = [pattern for pattern in patterns if pattern not in known]
     if missing and required:
         common = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+        hint = nearest(missing[0][:200], common + names)
+        if missing[0] in known:
+            hint = f" A string is a regular expression for the whole name: did you mean the list {missing}?"
         raise ValueError(
-            f"{field}={short(patterns)}: {missing[0][:200]!r} matches no layer that DiffFit can train."
-            f"{nearest(missing[0][:200], common + names)} Names end in, for instance, {', '.join(common[:12])}."
+            f"{field}={short(patterns)}: {missing[0][:200]!r} matches no layer that DiffFit can train.{hint} "
+            f"Names end in {listed(common)}."
         )
     return selected
