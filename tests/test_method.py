@@ -10,6 +10,8 @@ from conftest import NULL, make_dit, make_inputs, randomise
 from diffusers import DiTTransformer2DModel
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 
@@ -31,6 +33,13 @@ def dit_xl_2() -> DiTTransformer2DModel:
 
 def trained(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def reference_name(name: str) -> str:
+    """The name in `reference.forward` of an adapter's parameter."""
+    name = name.removeprefix("base_model.model.").replace("norm1_emb.", "transformer_blocks.0.norm1.emb.")
+    layer, kind = name.removesuffix(".default").rsplit(".difffit_", 1)
+    return "rows" if layer.endswith("embedding_table") else f"{layer}.{kind}"
 
 
 def outputs(model, inputs, **kwargs) -> torch.Tensor:
@@ -139,15 +148,8 @@ def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
     randomise(model)
     target = torch.randn(5, 8, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(3))
 
-    adapter, ours = {}, {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = name.removeprefix("base_model.model.").replace("norm1_emb.", "transformer_blocks.0.norm1.emb.")
-        layer, kind = name.removesuffix(".default").rsplit(".difffit_", 1)
-        name = "rows" if layer.endswith("embedding_table") else f"{layer}.{kind}"
-        ours[name] = parameter
-        adapter[name] = parameter.detach().clone().requires_grad_()
+    ours = {reference_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = {name: parameter.detach().clone().requires_grad_() for name, parameter in ours.items()}
     assert {name.rsplit(".", 1)[-1] for name in adapter} == kinds
 
     x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
@@ -161,6 +163,99 @@ def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
         torch.testing.assert_close(parameter.grad, adapter[name].grad, rtol=1e-5, atol=1e-12, msg=name)
     names = {name for name, p in model.named_parameters() if p.grad is not None}
     assert names == {name for name, _ in model.named_parameters() if ".difffit_" in name}
+
+
+def test_gamma_has_second_derivatives_and_forward_ones():
+    x = torch.randn(2, 3, 4, dtype=torch.double, requires_grad=True)
+    layer = DiffFitLayer(torch.nn.Linear(4, 5).requires_grad_(False))
+    layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=True)
+    layer.set_adapter("a")
+    layer.double()
+    names, values = zip(*[(n, p) for n, p in layer.named_parameters() if p.requires_grad], strict=True)
+
+    def forward(x, *values):
+        return functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    options = {"check_batched_grad": True}
+    assert torch.autograd.gradcheck(
+        forward, (x, *values), check_forward_ad=True, check_batched_forward_grad=True, **options
+    )
+    assert torch.autograd.gradgradcheck(forward, (x, *values), check_fwd_over_rev=True, **options)
+
+    gamma, delta = (value.detach() for value in values)
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+
+    def ours(gamma, x):
+        return forward(x, gamma, delta).square().sum()
+
+    def plain(gamma, x):
+        return (gamma * (x @ weight.T + bias + delta)).square().sum()
+
+    with torch.no_grad():  # what these functions compute does not depend on it
+        x = x.clone()
+        transforms = {
+            "hessian": lambda f: hessian(f)(gamma, x),
+            "jvp": lambda f: jvp(f, (gamma, x), (torch.ones_like(gamma), torch.ones_like(x)))[1],
+            "gradients per sample": lambda f: vmap(grad(f), (None, 0))(gamma, x),
+            "gradients per γ": lambda f: vmap(grad(f), (0, None))(torch.stack([gamma, 2 * gamma]), x),
+        }
+        for name, transform in transforms.items():
+            torch.testing.assert_close(transform(ours), transform(plain), msg=name)
+
+
+def test_gradient_penalties_and_gradients_per_sample(dit, inputs):
+    dit, positions = dit.double(), dit.pos_embed.pos_embed.double()
+    model = get_peft_model(dit, DiffFitConfig()).double()
+    randomise(model)
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
+
+    def penalty(output):
+        return torch.autograd.grad(output.square().mean(), x, create_graph=True)[0].square().sum()
+
+    x.requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        found = torch.autograd.grad(penalty(model(x, timestep=t, class_labels=labels).sample), [*weights.values()])
+    base = {name: tensor.double() for name, tensor in make_dit().state_dict().items()}
+    adapter = {reference_name(name): weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    output = reference.forward(x, t, labels, positions, base, adapter, heads=2, depth=4, patch=2)
+    expected = torch.autograd.grad(penalty(output), [*adapter.values()])
+    for name, ours, theirs in zip(adapter, found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-12, msg=name)
+
+    def loss(weights, x, t, label):
+        batch = {"timestep": t[None], "class_labels": label[None]}
+        return functional_call(model, weights, (x[None],), batch).sample.square().mean()
+
+    samples = vmap(grad(loss), (None, 0, 0, 0))({n: p.detach() for n, p in weights.items()}, x.detach(), t, labels)
+    for i in range(len(x)):
+        alone = torch.autograd.grad(loss(weights, x[i], t[i], labels[i]), [*weights.values()])
+        for name, gradient in zip(weights, alone, strict=True):
+            torch.testing.assert_close(samples[name][i], gradient, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_a_model_that_writes_into_what_gamma_gave():
+    """docs/api.md says what to do: PyTorch keeps a copy of what is overwritten."""
+
+    class InPlace(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).add_(1)
+
+    torch.manual_seed(0)
+    base, x = InPlace(), torch.randn(5, 3)
+    model = get_peft_model(base, DiffFitConfig(gamma_modules=["layer"], init_weights=False))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).square().sum().backward()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        model(x).square().sum().backward()
+    layer = base.layer
+    gamma = layer.difffit_gamma["default"].detach().clone().requires_grad_()
+    (gamma * (layer.base_layer(x) + layer.difffit_delta["default"]) + 1).square().sum().backward(inputs=[gamma])
+    torch.testing.assert_close(layer.difffit_gamma["default"].grad, gamma.grad)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(dit, inputs):
