@@ -23,17 +23,21 @@ _FORBIDDEN = regex.compile(r"(?<!\\)(?:\\\\)*(\{|\(\?(?!:|=|!|<=|<!))")
 _MAX_EXPRESSION, _MAX_ENTRIES = 2**16, 2**12
 _MATCHING_SECONDS = 0.2
 
+FORMAT_VERSION = 1
+"""Of the config that is saved. Format 0 had no `format_version`, and other presets (see `architectures`)."""
+
 
 @dataclass
 class DiffFitConfig(PeftConfig):
     """Configuration of DiffFit (Xie et al., ICCV 2023, arXiv 2304.06648).
 
-    `DiffFitConfig()` trains every bias, every affine norm, the class embedding and, on the shifts, scales and gates
-    that adaLN computes in every block, the scale factors γ. `DiffFitConfig(gamma_modules=[])` is BitFit with the class
-    embedding.
+    `DiffFitConfig()` trains every bias, every affine norm, the class embedding and the scale factors γ. In a DiT γ is
+    where public DiffFit code has it: on `attn1.to_q`, `to_k`, `to_v`, `to_out.0` and `ff.net.2` in the first half of
+    the blocks. `DiffFitConfig(gamma_modules=[])` is BitFit with the class embedding.
 
-    Not the paper's, and off by default: `r` adds a change of low rank. `DiffFitConfig(gamma_modules=[], r=1,
-    exclude_modules=["to_k"])` puts one of rank 1 where γ would be, at about the same number of parameters; what that is
+    Two things are ours and not the paper's. `DiffFitConfig(gamma_modules=["norm1.linear"])` puts γ on the shifts,
+    scales and gates that adaLN computes, in all blocks, where it costs next to no time. `r` adds a change of low rank:
+    `DiffFitConfig(gamma_modules=[], r=1, exclude_modules=["to_k"])` puts one of rank 1 where γ would be. What they are
     worth is in `docs/results.md`.
 
     Args:
@@ -42,8 +46,9 @@ class DiffFitConfig(PeftConfig):
             bias, every affine norm, and the class embedding.
         exclude_modules: layers left alone, named in the same two ways.
         gamma_modules: layers whose output is multiplied by γ, named in the same two ways. `None`: the preset of the
-            architecture. `[]`: none.
-        gamma_layers: indices of the blocks whose layers may get γ. `None`: all blocks.
+            architecture, within `target_modules`. `[]`: none.
+        gamma_layers: indices of the blocks whose layers may get γ. `None`: those of the preset, which is the first half
+            in a DiT; all blocks where `gamma_modules` names layers.
         r: rank of a change B A of the weight, y = γ ⊙ (W x + B A x + b + δ), as LoRA's with alpha = r. 0: none.
         low_rank_modules: linear layers that get it, named in the same two ways. `None`: the preset of the architecture,
             in a DiT the output layers of attention and feed-forward, in all blocks.
@@ -56,6 +61,8 @@ class DiffFitConfig(PeftConfig):
         modules_to_save: modules trained and saved whole beside the DiffFit layers.
         init_weights: `True` starts from γ = 1, δ = 0. `False` starts from random values (for tests).
         base_config: shape of the base the adapter belongs to. Filled in when the adapter is attached.
+        format_version: of the saved config. Leave it out. When an adapter is attached, presets are written out as what
+            they select in that model: a saved config names its layers.
 
     Raises:
         ValueError: for a value outside what is allowed; the message says what that is.
@@ -69,7 +76,7 @@ class DiffFitConfig(PeftConfig):
         default=None, metadata={"help": "Layers whose output gets γ. None: the architecture's preset. []: none."}
     )
     gamma_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: all."}
+        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: the preset's."}
     )
     r: int = field(default=0, metadata={"help": "Rank of a change of the weight, as LoRA's. 0: none, as in the paper."})
     low_rank_modules: list[str] | str | None = field(
@@ -92,13 +99,21 @@ class DiffFitConfig(PeftConfig):
     base_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "Shape of the base; filled in when the adapter is attached."}
     )
+    format_version: int | None = field(default=None, metadata={"help": "Format of the saved config; leave it out."})
 
     # Names and shapes of the weights in the file this config was loaded beside, checked before a model is changed.
     _shapes_in_file = None
 
     def __post_init__(self) -> None:
-        for name in ("r", "num_classes", "sample_size"):
+        if self.format_version is None:  # a config that names the PEFT it was saved by comes from a file
+            self.format_version = 0 if self.peft_version else FORMAT_VERSION
+        for name in ("r", "num_classes", "sample_size", "format_version"):
             setattr(self, name, _plain(getattr(self, name)))
+        if not (_is_int(self.format_version) and 0 <= self.format_version <= FORMAT_VERSION):
+            raise ValueError(
+                f"format_version={short(self.format_version)}: this difffit_peft reads configs of the formats 0 to "
+                f"{FORMAT_VERSION}. A newer difffit_peft reads newer ones: upgrade it."
+            )
         super().__post_init__()
         self.peft_type = PeftType.DIFFFIT
         for name in ("target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import conditioning, resolution
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
-from .config import DiffFitConfig, finite, fullmatches, listed, nearest, short
+from .config import FORMAT_VERSION, DiffFitConfig, finite, fullmatches, listed, nearest, short
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported, parameter_shapes
 
@@ -260,7 +261,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     Raises:
         ValueError: if the config does not fit the model, which is then as it was.
     """
-    architecture = architecture_of(model)
+    architecture = architecture_of(model, config.format_version)
     facts = _facts_of_base(config, model, architecture, adapters)
     newly_shared = architecture.copied_embedder and conditioning.share(model)
     try:
@@ -274,6 +275,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
         raise
     if config.target_modules == "all-linear":  # peft would look for them among the layers wrapped by now
         facts["target_modules"] = sorted(name for name in plan if plan[name]["delta"])
+    facts |= _spelled_out(config, plan, model, architecture) | {"format_version": FORMAT_VERSION}
     for name, value in facts.items():
         setattr(config, name, value)
     return plan, excluded
@@ -435,6 +437,37 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     return plan, excluded
 
 
+def _spelled_out(
+    config: DiffFitConfig, plan: _Plan, model: nn.Module, architecture: Architecture
+) -> dict[str, list[str] | list[int] | None]:
+    """The presets that the config asks for, as what they select in this model, so that they may change one day."""
+    layers, _ = _layers(model, architecture)
+    fields: dict[str, list[str] | list[int] | None] = {}
+
+    def having(kind: str) -> set[str]:
+        return {name for name, kinds in plan.items() if kinds.get(kind) and not is_norm(layers[name])}
+
+    if config.gamma_modules is None:
+        fields["gamma_modules"], fields["gamma_layers"] = _shortest(having("gamma"), layers, architecture)
+    if config.r and config.low_rank_modules is None:
+        endings, blocks = _shortest(having("low_rank"), layers, architecture)
+        fields["low_rank_modules"] = endings if blocks is None else sorted(having("low_rank"))
+    return fields
+
+
+def _shortest(
+    selected: set[str], layers: Iterable[str], architecture: Architecture
+) -> tuple[list[str], list[int] | None]:
+    """Endings and blocks that select exactly these layers, no blocks meaning all of them; or else the whole names."""
+    block_of = _blocks(architecture, layers)
+    blocks = {block_of[name] for name in selected if name in block_of}
+    endings = sorted({name.removeprefix(f"{architecture.blocks}.{block_of.get(name)}.") for name in selected})
+    matching = {name for name in _matching("", endings, layers) if block_of.get(name) in {None, *blocks}}
+    if matching != selected:
+        return sorted(selected), None
+    return endings, sorted(blocks) if blocks < {*block_of.values()} and blocks else None
+
+
 def _saved_whole(config: DiffFitConfig, model: nn.Module, names: list[str]) -> set[str]:
     """The layers among `names` that are, or lie in, a module of `modules_to_save`."""
     modules = dict(model.named_modules())
@@ -476,7 +509,8 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     """Names of the layers whose output gets γ: those of `gamma_modules`, and of the blocks in `gamma_layers`."""
     block_of = _blocks(architecture, layers)
     num_blocks = max(block_of.values(), default=-1) + 1
-    blocks = set(range(num_blocks)) if config.gamma_layers is None else set(config.gamma_layers)
+    share = architecture.gamma_share if config.gamma_modules is None else 1
+    blocks = set(range(math.ceil(share * num_blocks)) if config.gamma_layers is None else config.gamma_layers)
     if blocks - set(range(num_blocks)):
         raise ValueError(
             f"gamma_layers={short(config.gamma_layers)}: this model has {num_blocks} blocks"

@@ -221,6 +221,8 @@ def test_models_without_a_preset():
         ({"low_rank_modules": ["to_q"]}, "low_rank_modules=['to_q']: give a rank too, such as r=1"),
         ({"sample_size": 0}, "sample_size=0: the side of the latents is an integer above 0"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian': must be True or False"),
+        ({"format_version": 2}, "format_version=2: this difffit_peft reads configs of the formats 0 to 1"),
+        ({"format_version": "1"}, "format_version='1': this difffit_peft reads"),
     ],
 )
 def test_wrong_fields(fields, message):
@@ -410,7 +412,7 @@ def test_strength(three_adapters, inputs):
     model.set_scale("b", 1.5)
     model.base_model.set_adapter(["a", "b"])
     blended = outputs(model, inputs)
-    layer = model.base_model.model.transformer_blocks[0].norm1.linear
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
     gamma = (1 - 0.5 * (layer.difffit_gamma["a"] - 1)) * (1 + 1.5 * (layer.difffit_gamma["b"] - 1))
     delta = -0.5 * layer.difffit_delta["a"] + 1.5 * layer.difffit_delta["b"]
     x = torch.randn(2, 16)

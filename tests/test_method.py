@@ -55,10 +55,56 @@ def test_bitfit_trains_the_papers_count():
     assert trained(model) == 607_136
 
 
-def test_difffit_trains_the_papers_budget():
+def test_difffit_trains_the_published_layout_name_by_name():
+    """Diffusion-Tuning and MinimaxDiffusion, `models.py`: γ on qkv, proj and both branches, in the first 14 blocks."""
     model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101))
-    assert trained(model) == 607_136 + 28 * 6 * 1152  # γ on shift, scale and gate, of attention and of feed-forward
-    assert trained(model) <= 830_000
+    layers = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2"]
+    published = {f"base_model.model.transformer_blocks.{i}.{layer}" for i in range(14) for layer in layers}
+    modules = dict(model.named_modules())
+    assert {name for name in modules if getattr(modules[name], "difffit_gamma", None)} == published
+    biases = {name.removesuffix(".base_layer.bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
+    deltas = {name for name in modules if getattr(modules[name], "difffit_delta", None)}
+    assert deltas == biases | {"base_model.model.norm1_emb.class_embedder.embedding_table"}
+    assert trained(model) == 687_776 == 607_136 + 14 * 5 * 1152
+
+
+def test_gamma_on_adaln_is_one_line_away():
+    model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101, gamma_modules=["norm1.linear"]))
+    assert trained(model) == 800_672 == 607_136 + 28 * 6 * 1152  # shift, scale, gate; of attention and feed-forward
+
+
+@pytest.mark.parametrize(
+    ("fields", "modules", "blocks"),
+    [
+        ({}, ["attn1.to_k", "attn1.to_out.0", "attn1.to_q", "attn1.to_v", "ff.net.2"], [0, 1, 2]),  # 2.5 of 5, up
+        ({"gamma_layers": [4]}, ["attn1.to_k", "attn1.to_out.0", "attn1.to_q", "attn1.to_v", "ff.net.2"], [4]),
+        ({"gamma_modules": ["to_q"]}, ["to_q"], None),
+        ({"gamma_modules": []}, [], None),
+        ({"target_modules": ["attn1.to_q", "proj_out_2"]}, ["attn1.to_q"], [0, 1, 2]),
+        ({"target_modules": ["proj_out_2"]}, [], None),
+        ({"exclude_modules": ["transformer_blocks.0.attn1.to_q", "to_k", "to_v", "ff.net.2", "1.attn1.to_out.0"]},
+         ["transformer_blocks.0.attn1.to_out.0", "transformer_blocks.1.attn1.to_q",
+          "transformer_blocks.2.attn1.to_out.0", "transformer_blocks.2.attn1.to_q"], None),
+    ],
+)  # fmt: skip
+def test_an_attached_config_names_the_layers_that_get_gamma(fields, modules, blocks):
+    model = get_peft_model(make_dit(num_layers=5), DiffFitConfig(**fields))
+    config = model.peft_config["default"]
+    assert (config.gamma_modules, config.gamma_layers) == (modules, blocks)
+    again = get_peft_model(make_dit(num_layers=5), config)
+    assert {*get_peft_model_state_dict(again, save_embedding_layers=False)} == {
+        *get_peft_model_state_dict(model, save_embedding_layers=False)
+    }
+
+
+def test_an_attached_config_names_the_layers_that_get_a_change_of_low_rank(dit):
+    assert get_peft_model(dit, DiffFitConfig(r=1)).peft_config["default"].low_rank_modules == [
+        "attn1.to_out.0",
+        "ff.net.2",
+    ]
+    part = get_peft_model(make_dit(), DiffFitConfig(r=1, exclude_modules=["transformer_blocks.0.ff.net.2"]))
+    names = [f"transformer_blocks.{i}.{name}" for i in range(4) for name in ("attn1.to_out.0", "ff.net.2")]
+    assert part.peft_config["default"].low_rank_modules == [name for name in names if "0.ff" not in name]
 
 
 def test_rank_1_in_the_place_of_gamma_keeps_to_the_papers_budget():
@@ -91,7 +137,7 @@ def test_no_embedder_is_counted_twice(dit, config):
 @pytest.mark.parametrize("config", [{}, {"r": 1}])
 def test_identity_at_initialisation(dit, inputs, config):
     expected = outputs(dit, inputs)
-    assert torch.equal(outputs(get_peft_model(dit, DiffFitConfig()), inputs), expected)
+    assert torch.equal(outputs(get_peft_model(dit, DiffFitConfig(**config)), inputs), expected)
 
 
 def test_new_classes_start_as_the_null_class(dit, inputs):
@@ -301,7 +347,7 @@ def test_merge_equals_forward(dit, inputs, config):
     keys = list(dit.state_dict())
     model = get_peft_model(dit, DiffFitConfig(num_classes=3, **config))
     randomise(model)
-    layer = model.base_model.model.transformer_blocks[0].norm1.linear
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_v
     layer.difffit_gamma["default"].data[:3] = torch.tensor([0.0, -1.0, 2.0])
     expected = outputs(model, inputs)
     merged = model.merge_and_unload()
