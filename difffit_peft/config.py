@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,17 +24,21 @@ _FORBIDDEN = regex.compile(r"(?<!\\)(?:\\\\)*(\{|\(\?(?!:|=|!|<=|<!))")
 _MAX_EXPRESSION, _MAX_ENTRIES = 2**16, 2**12
 _MATCHING_SECONDS = 0.2
 
+FORMAT_VERSION = 1
+"""Of the config that is saved. Format 0 had no `format_version`, and other presets (see `architectures`)."""
+
 
 @dataclass
 class DiffFitConfig(PeftConfig):
     """Configuration of DiffFit (Xie et al., ICCV 2023, arXiv 2304.06648).
 
-    `DiffFitConfig()` trains every bias, every affine norm, the class embedding and, on the shifts, scales and gates
-    that adaLN computes in every block, the scale factors γ. `DiffFitConfig(gamma_modules=[])` is BitFit with the class
-    embedding.
+    `DiffFitConfig()` trains every bias, every affine norm, the class embedding and the scale factors γ. In a DiT γ is
+    where public DiffFit code has it: on `attn1.to_q`, `to_k`, `to_v`, `to_out.0` and `ff.net.2` in the first half of
+    the blocks. `DiffFitConfig(gamma_modules=[])` is BitFit with the class embedding.
 
-    Not the paper's, and off by default: `r` adds a change of low rank. `DiffFitConfig(gamma_modules=[], r=1,
-    exclude_modules=["to_k"])` puts one of rank 1 where γ would be, at about the same number of parameters; what that is
+    Two things are ours and not the paper's. `DiffFitConfig(gamma_modules=["norm1.linear"])` puts γ on the shifts,
+    scales and gates that adaLN computes, in all blocks, where it costs next to no time. `r` adds a change of low rank:
+    `DiffFitConfig(gamma_modules=[], r=1, exclude_modules=["to_k"])` puts one of rank 1 where γ would be. What they are
     worth is in `docs/results.md`.
 
     Args:
@@ -41,8 +47,9 @@ class DiffFitConfig(PeftConfig):
             bias, every affine norm, and the class embedding.
         exclude_modules: layers left alone, named in the same two ways.
         gamma_modules: layers whose output is multiplied by γ, named in the same two ways. `None`: the preset of the
-            architecture. `[]`: none.
-        gamma_layers: indices of the blocks whose layers may get γ. `None`: all blocks.
+            architecture, within `target_modules`. `[]`: none.
+        gamma_layers: indices of the blocks whose layers may get γ. `None`: those of the preset, which is the first half
+            in a DiT; all blocks where `gamma_modules` names layers.
         r: rank of a change B A of the weight, y = γ ⊙ (W x + B A x + b + δ), as LoRA's with alpha = r. 0: none.
         low_rank_modules: linear layers that get it, named in the same two ways. `None`: the preset of the architecture,
             in a DiT the output layers of attention and feed-forward, in all blocks.
@@ -57,6 +64,8 @@ class DiffFitConfig(PeftConfig):
         modules_to_save: modules trained and saved whole beside the DiffFit layers.
         init_weights: `True` starts from γ = 1, δ = 0. `False` starts from random values (for tests).
         base_config: shape of the base the adapter belongs to. Filled in when the adapter is attached.
+        format_version: of the saved config. Leave it out. When an adapter is attached, presets are written out as what
+            they select in that model: a saved config names its layers.
 
     Raises:
         ValueError: for a value outside what is allowed; the message says what that is.
@@ -70,7 +79,7 @@ class DiffFitConfig(PeftConfig):
         default=None, metadata={"help": "Layers whose output gets γ. None: the architecture's preset. []: none."}
     )
     gamma_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: all."}
+        default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: the preset's."}
     )
     r: int = field(default=0, metadata={"help": "Rank of a change of the weight, as LoRA's. 0: none, as in the paper."})
     low_rank_modules: list[str] | str | None = field(
@@ -96,17 +105,25 @@ class DiffFitConfig(PeftConfig):
     base_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "Shape of the base; filled in when the adapter is attached."}
     )
+    format_version: int | None = field(default=None, metadata={"help": "Format of the saved config; leave it out."})
 
     # Names and shapes of the weights in the file this config was loaded beside, checked before a model is changed.
     _shapes_in_file = None
 
     def __post_init__(self) -> None:
+        if self.format_version is None:  # a config that names the PEFT it was saved by comes from a file
+            self.format_version = 0 if self.peft_version else FORMAT_VERSION
+        for name in ("r", "num_classes", "sample_size", "format_version"):
+            setattr(self, name, plain(getattr(self, name)))
+        if not (_is_int(self.format_version) and 0 <= self.format_version <= FORMAT_VERSION):
+            raise ValueError(
+                f"format_version={short(self.format_version)}: this difffit_peft reads configs of the formats 0 to "
+                f"{FORMAT_VERSION}. A newer difffit_peft reads newer ones: upgrade it."
+            )
         super().__post_init__()
         self.peft_type = PeftType.DIFFFIT
         for name in ("target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"):
             setattr(self, name, _checked_patterns(name, getattr(self, name)))
-        for name in ("r", "num_classes", "sample_size"):
-            setattr(self, name, plain(getattr(self, name)))
         saved = self.modules_to_save
         if saved is not None and (  # peft reads them as regular expressions in places
             not _is_list(saved) or not all(isinstance(m, str) and regex.fullmatch(r"[\w.]+", m) for m in saved)
@@ -114,9 +131,11 @@ class DiffFitConfig(PeftConfig):
             raise ValueError(f"modules_to_save={short(saved)}: must be a list of module names, or None.")
         if self.gamma_layers is not None:
             layers = plain(self.gamma_layers)
-            layers = [plain(i) for i in layers] if _is_list(layers) else layers
-            if not _is_list(layers) or not all(_is_int(i) and i >= 0 for i in layers):
-                raise ValueError(f"gamma_layers={short(layers)}: must be a list of block indices from 0 up, or None.")
+            layers = [plain(i) for i in layers] if _is_list(layers) else None
+            if layers is None or not all(_is_int(i) and i >= 0 for i in layers):
+                raise ValueError(
+                    f"gamma_layers={short(self.gamma_layers)}: must be a list of block indices from 0 up, or None."
+                )
             self.gamma_layers = sorted(set(layers))
         if not (_is_int(self.r) and self.r >= 0):
             raise ValueError(f"r={short(self.r)}: must be an integer, 0 for no change of low rank.")
@@ -173,14 +192,15 @@ class DiffFitConfig(PeftConfig):
         if not isinstance(self.id2label, dict) or not self.id2label:
             raise ValueError(f"id2label={short(self.id2label)}: must be a dict of class indices and names, or None.")
         try:
-            self.id2label = {int(index): label for index, label in self.id2label.items()}  # JSON has string keys
+            self.id2label = {  # JSON has string keys
+                int(index) if isinstance(index, str) else operator.index(index): label
+                for index, label in self.id2label.items()
+            }
         except (TypeError, ValueError):
-            raise ValueError(
-                f"id2label has the keys {short(list(self.id2label)[:5])}: they must be class indices."
-            ) from None
+            raise ValueError(f"id2label has the keys {listed(self.id2label)}: they must be class indices.") from None
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(
-                f"id2label has the keys {sorted(self.id2label)[:5]}...: they must be 0 to {len(self.id2label) - 1}, "
+                f"id2label has the keys {listed(sorted(self.id2label))}: they must be 0 to {len(self.id2label) - 1}, "
                 f"one for each of its {len(self.id2label)} classes."
             )
         if not all(isinstance(label, str) for label in self.id2label.values()):
@@ -194,9 +214,16 @@ class DiffFitConfig(PeftConfig):
 
 
 def nearest(given: Any, allowed: list[str]) -> str:
-    """' Did you mean ...?', or nothing where no allowed name is near."""
+    """' Did you mean ...?', or nothing where no allowed name is near, or the name itself is allowed."""
     close = get_close_matches(str(given), allowed, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {close[0]!r}?" if close and close[0] != given else ""
+
+
+def listed(values: Iterable[Any], most: int = 12) -> str:
+    """'a', 'b' and 3 more: what a message shows of many values."""
+    values = list(values)
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(short(value, 80) for value in values[:most]) + more
 
 
 def plain(value: Any) -> Any:
@@ -231,6 +258,14 @@ def fullmatches(field_name: str, expression: str, names: Iterable[str]) -> list[
         ) from None
 
 
+def finite(value: Any) -> float | None:
+    """The value, if it is a finite number: of Python, NumPy or PyTorch."""
+    try:
+        return float(value) if math.isfinite(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -239,10 +274,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and len(value) <= _MAX_ENTRIES
 
 
-def short(value: Any) -> str:
+def short(value: Any, length: int = 200) -> str:
     """What a message shows of a value that may be of any size."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an enormous number"
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _checked_patterns(name: str, value: Any) -> list[str] | str | None:

@@ -10,24 +10,25 @@ directions need the base. Each tensor has a place of its own:
 | `t_embedder.mlp.{0,2}.bias` | (D,) | δ of `norm1_emb.timestep_embedder.linear_{1,2}` |
 | `y_embedder.embedding_table.weight` | (K + 1, D), null row last | δ of rows 0 to K - 1 and of the table's last |
 | `blocks.i.attn.qkv.bias`, `blocks.i.attn.gamma1` | (3D,) | δ and γ of `attn1.to_q`, `to_k`, `to_v`, in this order |
-| `blocks.i.attn.proj.bias`, `blocks.i.attn.gamma2` | (D,) | δ and γ of `attn1.to_out.0` |
+| `blocks.i.attn.proj.bias`, `blocks.i.attn.gamma2`, `blocks.i.gamma1` | (D,) | δ and γ of `attn1.to_out.0` |
 | `blocks.i.mlp.fc1.bias`, `blocks.i.mlp.gamma1` | (4D,) | δ and γ of `ff.net.0.proj` |
-| `blocks.i.mlp.fc2.bias`, `blocks.i.mlp.gamma2` | (D,) | δ and γ of `ff.net.2` |
+| `blocks.i.mlp.fc2.bias`, `blocks.i.mlp.gamma2`, `blocks.i.gamma2` | (D,) | δ and γ of `ff.net.2` |
 | `blocks.i.adaLN_modulation.1.bias` | (6D,) | δ of `norm1.linear` |
-| `blocks.i.gamma1`, `blocks.i.gamma2` | (D,) | γ of `norm1.linear`'s third and sixth part, the gates |
 | `final_layer.adaLN_modulation.1.bias` | (2D,) | δ of `proj_out_1` |
 | `final_layer.linear.bias` | (p²C,) | δ of `proj_out_2` |
 
 The scale factors have the names of public DiffFit code for DiT: `blocks.i.attn.gamma{1,2}` and `blocks.i.gamma{1,2}`
-are in `models.py` of vimar-gu/MinimaxDiffusion and thuml/Diffusion-Tuning, in the first 14 of 28 blocks;
-`blocks.i.mlp.gamma{1,2}` in `utils_vit.py` of DiT-3D/DiT-3D. A block's own stand beside its gates, x + γ1 · gate ·
-attention(x), so they scale the gates: on the output of the attention's last layer, which has a factor of its own, only
-their product would be left. The shifts and scales of `norm1.linear` get γ = 1 with that. Training the adapter further
-moves these too, and then there is no way back to the original layout.
+are in `models.py` of vimar-gu/MinimaxDiffusion and thuml/Diffusion-Tuning, in the first 14 of 28 blocks: that is the
+preset of `DiffFitConfig()`. `blocks.i.mlp.gamma{1,2}` are in `utils_vit.py` of DiT-3D/DiT-3D. A block's own multiply
+what its two branches add, x + gate · γ1 · attention(x), and so the outputs of `attn.proj` and `mlp.fc2`. Two factors
+of one vector are one in the adapter, their product. On the way back γ of `attn1.to_out.0` is `attn.gamma2`, beside a
+`gamma1` of 1, and γ of `ff.net.2` is the block's `gamma2`. An adapter with γ on `ff.net.0.proj`, or on one of these two
+alone, has no use for a block's own: there γ of `ff.net.2` is `mlp.gamma2`.
 
-How exact it is: γ comes back as it was. So do biases and class rows where training left a value between half and twice
-the base's, as b' - b then has no rounding error (Sterbenz), and where the base's is 0. For other values there may be no
-float32 δ with b + δ = b'; what comes back then differs by at most 2⁻²³ |b' - b|.
+How exact it is: an adapter's γ comes back as it was, as does a factor that stands alone; of two, their product does.
+So do biases and class rows where training left a value between half and twice the base's, as b' - b then has no
+rounding error (Sterbenz), and where the base's is 0. For other values there may be no float32 δ with b + δ = b'; what
+comes back then differs by at most 2⁻²³ |b' - b|.
 
 Diffusers' DiT is not quite the original's function, with an adapter or without: its timestep frequencies are
 10000^(-i/127) where the original has 10000^(-i/128), and ε is 1e-5 in the second norm of its blocks where the original
@@ -66,14 +67,14 @@ _BLOCK_LAYERS = {
     "mlp.fc2": ["ff.net.2"],
     "adaLN_modulation.1": ["norm1.linear"],
 }
-# Scale factors of a block: the layer, and which of how many equal parts of its output they multiply.
+# Scale factors of a block, and the layer whose output they multiply.
 _GAMMAS = {
-    "attn.gamma1": ("attn.qkv", 0, 1),
-    "attn.gamma2": ("attn.proj", 0, 1),
-    "mlp.gamma1": ("mlp.fc1", 0, 1),
-    "mlp.gamma2": ("mlp.fc2", 0, 1),
-    "gamma1": ("adaLN_modulation.1", 2, 6),  # shift, scale and gate of the attention, then of the feed-forward network
-    "gamma2": ("adaLN_modulation.1", 5, 6),
+    "attn.gamma1": "attn.qkv",
+    "attn.gamma2": "attn.proj",
+    "mlp.gamma1": "mlp.fc1",
+    "mlp.gamma2": "mlp.fc2",
+    "gamma1": "attn.proj",
+    "gamma2": "mlp.fc2",
 }
 # What every original DiT has, and a `DiTTransformer2DModel` may have otherwise.
 _CONFIG = {"attention_bias": True, "norm_elementwise_affine": False, "activation_fn": "gelu-approximate"}
@@ -119,10 +120,9 @@ def convert_original_to_peft(
     _check(tensors, base, places)
 
     gammas: dict[str, Tensor] = {}
-    for name, (layer, part, parts) in places.items():
+    for name, layer in places.items():
         if name in tensors:
-            gamma = gammas.setdefault(layer, torch.ones(_shape(base[f"{layer}.bias"])))
-            gamma.view(parts, -1)[part] = tensors[name]
+            gammas[layer] = gammas.get(layer, 1) * tensors[name].float().cpu()
 
     weights: dict[str, Tensor] = {}
     untouched: list[str] = []
@@ -161,7 +161,8 @@ def convert_peft_to_original(model: PeftModel, adapter_name: str = "default") ->
     What becomes of which tensor, and how exactly, is in the docstring of this module. Every bias and the class table
     are there, the base's own where the adapter trains none; with `num_classes=K` the table has K + 1 rows. All blocks
     with scale factors have the same ones, 1 where the adapter has none. Load them with `strict=False` into an original
-    DiT that holds the base, and see that none are unexpected: not all code has all the scale factors.
+    DiT that holds the base, and see that none are unexpected: not all code has all the scale factors. An adapter of
+    `DiffFitConfig()` has those of MinimaxDiffusion and Diffusion-Tuning.
 
     Args:
         model: the base with the adapter. It is left as it is; strengths play no part.
@@ -180,7 +181,7 @@ def convert_peft_to_original(model: PeftModel, adapter_name: str = "default") ->
         raise ValueError(f"{adapter_name!r} is no DiffFit adapter of this {type(model).__name__}: it has {names}.")
     transformer = model.get_base_model()
     base = _base(transformer)
-    layers, places = _layers(transformer), _gamma_places(transformer)
+    layers = _layers(transformer)
     side = resolution.base_sample_size(transformer)
     if config.sample_size != side:
         raise ValueError(
@@ -202,16 +203,17 @@ def convert_peft_to_original(model: PeftModel, adapter_name: str = "default") ->
         if any(f"{module}.difffit_gamma" in weights for module in modules):
             factors = [weights.pop(f"{module}.difffit_gamma", torch.ones_like(tensor)) for module, tensor in pairs]
             gammas[layer] = torch.cat(factors)
-    for name in _in_each_block(name for name, (layer, _, _) in places.items() if layer in gammas):
-        layer, part, parts = places[name]
-        gamma = gammas.setdefault(layer, torch.ones_like(state_dict[f"{layer}.bias"])).view(parts, -1)
-        state_dict[name] = gamma[part].clone()
-        gamma[part] = 1  # what is left must be 1
-    nameless = [*weights, *(f"{layers[layer][0]}.difffit_gamma" for layer in gammas if (gammas[layer] != 1).any())]
+    places = _gamma_places(transformer)
+    split = [layer.split(".", 2) for layer in gammas if layer in places.values()]  # "blocks", index, layer
+    kinds = _names({layer for _, _, layer in split})
+    for name in _in_each_block(f"blocks.{i}.{kind}" for _, i, _ in split for kind in kinds):
+        layer = places[name]
+        state_dict[name] = gammas.pop(layer, torch.ones_like(state_dict[f"{layer}.bias"]))
+    nameless = [*weights, *(f"{layers[layer][0]}.difffit_gamma" for layer in gammas)]
     if nameless:
         raise ValueError(
             f"The original layout has no name for {nameless[0]}: DiffFit's scale factors are on the layers of the "
-            "attention and the feed-forward network there, and on the gates of norm1.linear alone."
+            "attention and the feed-forward network there."
         )
     return state_dict
 
@@ -226,13 +228,19 @@ def _layers(transformer: DiTTransformer2DModel) -> dict[str, list[str]]:
     return _LAYERS | blocks
 
 
-def _gamma_places(transformer: DiTTransformer2DModel) -> dict[str, tuple[str, int, int]]:
-    """Scale factors of the original: the layer, and which of how many equal parts of its output they multiply."""
+def _gamma_places(transformer: DiTTransformer2DModel) -> dict[str, str]:
+    """Scale factors of the original, and the layer whose output they multiply."""
     return {
-        f"blocks.{i}.{name}": (f"blocks.{i}.{layer}", part, parts)
+        f"blocks.{i}.{name}": f"blocks.{i}.{layer}"
         for i in range(transformer.config.num_layers)
-        for name, (layer, part, parts) in _GAMMAS.items()
+        for name, layer in _GAMMAS.items()
     }
+
+
+def _names(layers: set[str]) -> set[str]:
+    """What scale factors on these layers of a block are called. Public code has a block's own, or some on `mlp.fc1`."""
+    names, own = {name for name, layer in _GAMMAS.items() if layer in layers}, {"gamma1", "gamma2"}
+    return names - ({"mlp.gamma2"} if own <= names and "mlp.fc1" not in layers else own)
 
 
 def _in_each_block(names: Iterable[str]) -> list[str]:
@@ -299,10 +307,10 @@ def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(tensors: dict[str, Tensor], base: dict[str, list[Tensor]], places: dict[str, tuple[str, int, int]]) -> None:
+def _check(tensors: dict[str, Tensor], base: dict[str, list[Tensor]], places: dict[str, str]) -> None:
     """Refuses tensors that are not DiffFit's on this base."""
     shapes = {name: _shape(parts) for name, parts in base.items()}
-    shapes |= {name: (shapes[f"{layer}.bias"][0] // parts,) for name, (layer, _, parts) in places.items()}
+    shapes |= {name: shapes[f"{layer}.bias"] for name, layer in places.items()}
     unknown = sorted(tensors.keys() - shapes.keys())
     if unknown:
         raise ValueError(

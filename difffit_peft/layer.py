@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .config import DiffFitConfig
@@ -149,7 +148,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             y = y + self._broadcast(delta.to(y.dtype), y)
         if gamma is not None:
             gamma = self._broadcast(gamma.to(y.dtype), y)
-            if gamma.requires_grad:
+            if gamma.requires_grad and not torch.compiler.is_compiling():  # a compiler chooses itself what to keep
                 return _Scale.apply(y, gamma)
             return y.mul_(gamma) if plain else y * gamma  # in place where y is nobody else's
         return y
@@ -288,21 +287,33 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 class _Scale(torch.autograd.Function):
     """γ ⊙ y, which keeps its output for the backward pass, as what follows does anyway, and not y beside it.
 
-    The gradient of γ, Σ grad ⊙ y, is Σ grad ⊙ output / γ. That of a γ which is exactly 0 is taken to be 0.
+    The gradient of γ, Σ grad ⊙ y, is Σ grad ⊙ output / γ. That of a γ which is exactly 0 is taken to be 0. Autograd
+    knows every operation in it, so there are second derivatives. Forward-mode AD and `torch.func` work too.
     """
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gamma: Tensor) -> Tensor:
-        output = y * gamma
-        ctx.save_for_backward(output, gamma)
-        return output
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(y: Tensor, gamma: Tensor) -> Tensor:
+        return y * gamma
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        y, gamma = inputs
+        ctx.save_for_backward(output, gamma)
+        ctx.save_for_forward(y, gamma)  # which ends with the forward pass
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         output, gamma = ctx.saved_tensors
-        of_gamma = (grad * output).sum_to_size(gamma.shape) / gamma
-        return grad * gamma if ctx.needs_input_grad[0] else None, of_gamma.masked_fill(gamma == 0, 0)
+        of_gamma = (grad * output).sum_to_size(gamma.shape) / gamma.masked_fill(gamma == 0, 1)
+        return grad * gamma if ctx.needs_input_grad[0] else None, of_gamma
+
+    @staticmethod
+    def jvp(ctx: Any, y_tangent: Tensor | None, gamma_tangent: Tensor | None) -> Tensor:
+        y, gamma = ctx.saved_tensors
+        tangents = [a * b for a, b in ((y_tangent, gamma), (y, gamma_tangent)) if a is not None and b is not None]
+        return sum(tangents[1:], tangents[0])
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from . import conditioning, resolution
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .class_embedding import DiffFitEmbedding
 from .class_names import keep_names, names_of_adapters
-from .config import DiffFitConfig, fullmatches, nearest, short
+from .config import FORMAT_VERSION, DiffFitConfig, finite, fullmatches, listed, nearest, short
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported, parameter_shapes
 
@@ -139,12 +139,13 @@ class DiffFitModel(BaseTuner):
             ValueError: if there is no such adapter, the strength is not finite, or the adapter is merged.
         """
         check_names([adapter_name], self.peft_config)
-        if not math.isfinite(strength):
-            raise ValueError(f"strength={strength}: must be a finite number.")
+        number = finite(strength)
+        if number is None:
+            raise ValueError(f"strength={short(strength)}: must be a finite number.")
         if any(adapter_name in layer.merged_adapters for layer in self._difffit_layers()):
             raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
         for layer in self._difffit_layers():
-            layer.set_scale(adapter_name, strength)
+            layer.set_scale(adapter_name, number)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Adds an adapter that does alone what `adapters` do together at strengths `weights`, whatever theirs are now.
@@ -159,7 +160,8 @@ class DiffFitModel(BaseTuner):
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters or len({*adapters}) < len(adapters):
             raise ValueError(f"adapters={adapters}: must be names of {sorted(self.peft_config)}, each at most once.")
-        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        numbers = [number for weight in weights if (number := finite(weight)) is not None]
+        if not len(numbers) == len(weights) == len(adapters):
             raise ValueError(f"weights={weights}: must be one finite number for each of the {len(adapters)} adapters.")
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
@@ -176,7 +178,7 @@ class DiffFitModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         for layer in self._difffit_layers():
-            layer.blend(adapter_name, dict(zip(adapters, weights, strict=True)))
+            layer.blend(adapter_name, dict(zip(adapters, numbers, strict=True)))
 
     def _covering_config(self, adapters: list[str]) -> DiffFitConfig:
         """A config that selects what any of the adapters trains."""
@@ -330,7 +332,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     Raises:
         ValueError: if the config does not fit the model, which is then as it was.
     """
-    architecture = architecture_of(model)
+    architecture = architecture_of(model, config.format_version)
     facts = _facts_of_base(config, model, architecture, adapters)
     newly_shared = architecture.copied_embedder and conditioning.share(model)
     try:
@@ -344,6 +346,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
         raise
     if config.target_modules == "all-linear":  # peft would look for them among the layers wrapped by now
         facts["target_modules"] = sorted(name for name in plan if plan[name]["delta"])
+    facts |= _spelled_out(config, plan, model, architecture) | {"format_version": FORMAT_VERSION}
     for name, value in facts.items():
         setattr(config, name, value)
     return plan, excluded
@@ -374,7 +377,7 @@ def _facts_of_base(
         if config.sample_size is not None:
             raise ValueError(
                 f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
-                f"{', '.join(ARCHITECTURES)} can. Leave it out."
+                f"{listed(ARCHITECTURES)} can. Leave it out."
             )
         return {}
     base = {name: model.config[name] for name in architecture.base_config}
@@ -519,6 +522,37 @@ def _plan(config: DiffFitConfig, model: nn.Module, architecture: Architecture) -
     return plan, excluded
 
 
+def _spelled_out(
+    config: DiffFitConfig, plan: _Plan, model: nn.Module, architecture: Architecture
+) -> dict[str, list[str] | list[int] | None]:
+    """The presets that the config asks for, as what they select in this model, so that they may change one day."""
+    layers, _ = _layers(model, architecture)
+    fields: dict[str, list[str] | list[int] | None] = {}
+
+    def having(kind: str) -> set[str]:
+        return {name for name, kinds in plan.items() if kinds.get(kind) and not is_norm(layers[name])}
+
+    if config.gamma_modules is None:
+        fields["gamma_modules"], fields["gamma_layers"] = _shortest(having("gamma"), layers, architecture)
+    if config.r and config.low_rank_modules is None:
+        endings, blocks = _shortest(having("low_rank"), layers, architecture)
+        fields["low_rank_modules"] = endings if blocks is None else sorted(having("low_rank"))
+    return fields
+
+
+def _shortest(
+    selected: set[str], layers: Iterable[str], architecture: Architecture
+) -> tuple[list[str], list[int] | None]:
+    """Endings and blocks that select exactly these layers, no blocks meaning all of them; or else the whole names."""
+    block_of = _blocks(architecture, layers)
+    blocks = {block_of[name] for name in selected if name in block_of}
+    endings = sorted({name.removeprefix(f"{architecture.blocks}.{block_of.get(name)}.") for name in selected})
+    matching = {name for name in _matching("", endings, layers) if block_of.get(name) in {None, *blocks}}
+    if matching != selected:
+        return sorted(selected), None
+    return endings, sorted(blocks) if blocks < {*block_of.values()} and blocks else None
+
+
 def _saved_whole(config: DiffFitConfig, model: nn.Module, names: list[str]) -> set[str]:
     """The layers among `names` that are, or lie in, a module of `modules_to_save`."""
     modules = dict(model.named_modules())
@@ -560,10 +594,11 @@ def _gamma_layers(config: DiffFitConfig, architecture: Architecture, layers: dic
     """Names of the layers whose output gets γ: those of `gamma_modules`, and of the blocks in `gamma_layers`."""
     block_of = _blocks(architecture, layers)
     num_blocks = max(block_of.values(), default=-1) + 1
-    blocks = set(range(num_blocks)) if config.gamma_layers is None else set(config.gamma_layers)
+    share = architecture.gamma_share if config.gamma_modules is None else 1
+    blocks = set(range(math.ceil(share * num_blocks)) if config.gamma_layers is None else config.gamma_layers)
     if blocks - set(range(num_blocks)):
         raise ValueError(
-            f"gamma_layers={config.gamma_layers}: this model has {num_blocks} blocks"
+            f"gamma_layers={short(config.gamma_layers)}: this model has {num_blocks} blocks"
             + (f", so indices go from 0 to {num_blocks - 1}." if num_blocks else ": leave gamma_layers out.")
         )
     if config.gamma_modules is not None:
@@ -624,18 +659,21 @@ def _matching(field: str, patterns: list[str] | str | None, names: Iterable[str]
     names = list(names)
     if not patterns:
         return []
+    endings = {name: {name.split(".", i)[-1] for i in range(name.count(".") + 1)} for name in names}
+    known = set().union(*endings.values())
     if isinstance(patterns, str):
         selected = fullmatches(field, patterns, names)
         missing = [] if selected else [patterns]
     else:
-        endings = {name: {name.split(".", i)[-1] for i in range(name.count(".") + 1)} for name in names}
         selected = [name for name in names if not endings[name].isdisjoint(patterns)]
-        known = set().union(*endings.values())
         missing = [pattern for pattern in patterns if pattern not in known]
     if missing and required:
         common = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+        hint = nearest(missing[0][:200], common + names)
+        if missing[0] in known:
+            hint = f" A string is a regular expression for the whole name: did you mean the list {missing}?"
         raise ValueError(
-            f"{field}={short(patterns)}: {missing[0][:200]!r} matches no layer that DiffFit can train."
-            f"{nearest(missing[0][:200], common + names)} Names end in, for instance, {', '.join(common[:12])}."
+            f"{field}={short(patterns)}: {missing[0][:200]!r} matches no layer that DiffFit can train.{hint} "
+            f"Names end in {listed(common)}."
         )
     return selected

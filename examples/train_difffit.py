@@ -53,6 +53,7 @@ SETTINGS = [
 ]
 
 
+PRE_TRAINING_RATE = 1e-4  # of published DiTs (Peebles & Xie 2023)
 SCHEDULES = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules of its own
 
 
@@ -109,15 +110,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     difffit = parser.add_argument_group("DiffFit")
     difffit.add_argument(
-        "--gamma_modules", nargs="*", help="endings of the layers that get γ; nothing after it: none, which is BitFit"
+        "--gamma_modules",
+        nargs="*",
+        help="endings of the layers that get γ; default: as published; nothing after it: none, which is BitFit",
     )
-    difffit.add_argument("--gamma_layers", nargs="*", type=int, help="blocks that get γ; default: all")
+    difffit.add_argument(
+        "--gamma_layers",
+        nargs="*",
+        type=int,
+        help="blocks that get γ; default: the first half, or all of --gamma_modules",
+    )
     difffit.add_argument(
         "--r",
         type=int,
         default=0,
         help="rank of a change of the weights, which the paper does not have; 1, and --gamma_modules with nothing "
-        "after it, trains about as many parameters as the default",
+        "after it, is within the paper's number of parameters",
     )
 
     train = parser.add_argument_group("training")
@@ -133,7 +141,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
     train.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")
     train.add_argument("--optimizer", choices=["adamw", "adamw_fused", "adamw_8bit"], default="adamw")
-    train.add_argument("--learning_rate", type=float, default=1e-3, help="DiffFit likes 10x that of pre-training")
+    train.add_argument(
+        "--learning_rate", type=float, default=10 * PRE_TRAINING_RATE, help="DiffFit works best at 10x pre-training's"
+    )
     train.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant")
     train.add_argument("--lr_warmup_steps", type=int, default=0, help="used by constant_with_warmup, cosine, ...")
     train.add_argument("--adam_beta1", type=float, default=0.9)
@@ -328,8 +338,9 @@ def main(args: argparse.Namespace) -> Result:
             else "Classes start from the base's null row: its classes are others.\n"
         )
         + f"Training {trained_parameters:,} parameters, {trained_share:.3%} of the base's {base_count:,}, in "
-        f"{args.mixed_precision.replace('no', 'fp32')}: {total_steps} steps of {samples_per_step} images, AdamW at "
-        f"{args.learning_rate:g}"
+        f"{args.mixed_precision.replace('no', 'fp32')}: {total_steps} steps of {samples_per_step} images\n"
+        f"AdamW at {args.learning_rate:g}, {args.learning_rate / PRE_TRAINING_RATE:g}x the rate that published DiTs "
+        f"are pre-trained at (the paper recommends 10x); weight decay {args.adam_weight_decay:g}"
     )
     # One pass over the sampler is the whole run, a new order each epoch: every batch is full, however few the images.
     num_samples = total_steps * samples_per_step
@@ -358,8 +369,8 @@ def main(args: argparse.Namespace) -> Result:
         "base": base,
         "held_out_images": len(held_out),
         "processes": accelerator.num_processes,
-        "gamma_modules": args.gamma_modules,
-        "gamma_layers": args.gamma_layers,
+        "gamma_modules": config.gamma_modules,  # written out by now
+        "gamma_layers": config.gamma_layers,
         "r": args.r,
         "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
     } | {name: getattr(args, name) for name in SETTINGS}

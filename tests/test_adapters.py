@@ -224,8 +224,10 @@ def test_models_without_a_preset():
         ({"num_classes": 0}, "num_classes=0: must be an integer of at least 1"),
         ({"num_classes": 2.5}, "num_classes=2.5: must be an integer"),
         ({"num_classes": 4, "id2label": LABELS}, "num_classes=4, but id2label names 3 classes"),
-        ({"id2label": {1: "fox", 2: "hare"}}, "they must be 0 to 1"),
-        ({"id2label": {"zero": "fox"}}, "they must be class indices"),
+        ({"id2label": {1: "fox", 2: "hare"}}, "id2label has the keys 1, 2: they must be 0 to 1"),
+        ({"id2label": dict.fromkeys(range(1, 16), "x")}, "keys 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 3 more: they"),
+        ({"id2label": {0.5: "fox"}}, "keys 0.5: they must be class indices"),
+        ({"id2label": {"zero": "fox", "a, b": "x"}}, "keys 'zero', 'a, b': they must be class indices"),
         ({"id2label": ["fox"]}, "must be a dict"),
         ({"id2label": {0: 1}}, "names of classes must be strings"),
         ({"init_class_rows": "bases"}, "must be 'null' or 'base'. Did you mean 'base'?"),
@@ -241,6 +243,8 @@ def test_models_without_a_preset():
         ({"low_rank_modules": ["to_q"]}, "low_rank_modules=['to_q']: give a rank too, such as r=1"),
         ({"sample_size": 0}, "sample_size=0: the side of the latents is an integer above 0"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian': must be True or False"),
+        ({"format_version": 2}, "format_version=2: this difffit_peft reads configs of the formats 0 to 1"),
+        ({"format_version": "1"}, "format_version='1': this difffit_peft reads"),
     ],
 )
 def test_wrong_fields(fields, message):
@@ -255,6 +259,13 @@ def test_wrong_fields(fields, message):
         ({"gamma_modules": ["to_z"]}, "gamma_modules=['to_z']: 'to_z' matches no layer that DiffFit can train."),
         ({"gamma_modules": ["attn1.to_qq"]}, "Did you mean 'attn1.to_q'?"),
         ({"gamma_modules": r"blocks\.9\..*"}, "matches no layer"),
+        ({"gamma_modules": "to_q"}, "regular expression for the whole name: did you mean the list ['to_q']? Names"),
+        (
+            {"gamma_modules": ["to_z"]},
+            "Names end in 'attn1.to_k', 'attn1.to_out.0', 'attn1.to_q', 'attn1.to_v', 'ff.net.2', 'norm1.linear', "
+            "'norm1_emb.timestep_embedder.linear_1', 'norm1_emb.timestep_embedder.linear_2', 'pos_embed.proj', 'proj', "
+            "'proj_out_1', 'proj_out_2'.",
+        ),
         (
             {"gamma_modules": r".*blocks\.3\..*to_q", "gamma_layers": [0]},
             "matches layers of the blocks [3], but gamma_layers=[0] lets γ onto [0] alone",
@@ -423,7 +434,7 @@ def test_strength(three_adapters, inputs):
     model.set_scale("b", 1.5)
     model.base_model.set_adapter(["a", "b"])
     blended = outputs(model, inputs)
-    layer = model.base_model.model.transformer_blocks[0].norm1.linear
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_q
     gamma = (1 - 0.5 * (layer.difffit_gamma["a"] - 1)) * (1 + 1.5 * (layer.difffit_gamma["b"] - 1))
     delta = -0.5 * layer.difffit_delta["a"] + 1.5 * layer.difffit_delta["b"]
     x = torch.randn(2, 16)
@@ -436,11 +447,40 @@ def test_strength(three_adapters, inputs):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("aa", 1.0), "no adapter 'aa'"), (("a", float("nan")), "must be a finite number")],
+    [
+        (("aa", 1.0), "no adapter 'aa'"),
+        (("a", float("nan")), "strength=nan: must be a finite number"),
+        (("a", "0.5"), "strength='0.5': must be a finite number"),
+        (("a", torch.ones(2)), "must be a finite number"),
+    ],
 )
 def test_wrong_strength(three_adapters, arguments, message):
     with pytest.raises(ValueError, match=message):
         three_adapters.set_scale(*arguments)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.array(0.25), torch.tensor(0.25)])
+def test_numbers_of_numpy_and_pytorch_are_strengths(number, dit, inputs):
+    model = get_peft_model(dit, DiffFitConfig(init_weights=False))
+    model.set_scale("default", 0.25)
+    expected = outputs(model, inputs)
+    model.set_scale("default", 1.0)
+    model.set_scale("default", number)
+    assert torch.equal(outputs(model, inputs), expected)
+    model.add_weighted_adapter(["default"], [number], "quarter")
+    model.set_adapter("quarter")
+    torch.testing.assert_close(outputs(model, inputs), expected)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_numpy_and_pytorch_are_integers(integer, tmp_path):
+    fields = {"num_classes": 3, "r": 1, "sample_size": 8}
+    given = {name: integer(value) for name, value in fields.items()}
+    labels = {integer(index): label for index, label in LABELS.items()}
+    config = DiffFitConfig(**given, gamma_layers=[integer(1)], id2label=labels)
+    assert config == DiffFitConfig(**fields, gamma_layers=[1], id2label=LABELS)
+    config.save_pretrained(tmp_path)
+    assert DiffFitConfig.from_pretrained(tmp_path) == config
 
 
 def test_merged_adapters_and_adapter_names_exclude_each_other(three_adapters, inputs):

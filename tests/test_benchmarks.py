@@ -38,7 +38,8 @@ def test_every_method_starts_as_the_base_and_trains_what_it_says(name):
     expected = {
         "full": total,
         "BitFit": biases + rows,
-        "DiffFit": biases + rows + 4 * 6 * 16,
+        "DiffFit": biases + rows + 2 * 5 * 16,
+        "DiffFit, adaLN": biases + rows + 4 * 6 * 16,
         "DiffFit r=1": biases + rows + 4 * (16 + 16 + 64 + 16) - 4 * 16,
         "LoRA r=8": 8 * sum(i + o for i, o in layers),
         "LoRA r=16": 16 * sum(i + o for i, o in layers),

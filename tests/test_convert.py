@@ -163,6 +163,7 @@ def as_the_original(**overrides) -> nn.Module:
 
 CONVENTIONS = {"original": (as_the_original, {}), "Diffusers": (make_dit, {"frequencies": 127, "eps": 1e-5})}
 ALL_GAMMAS = [*GAMMAS, "mlp.gamma1", "mlp.gamma2"]
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -194,13 +195,21 @@ def test_a_table_of_fewer_classes_has_its_null_row_last(classes, inputs):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_an_adapter_of_ours_becomes_an_original_that_computes_the_same(inputs):
-    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-    config = DiffFitConfig(num_classes=3, gamma_modules=layers, gamma_layers=[0, 1])
-    adapter = get_peft_model(as_the_original(), config)
+@pytest.mark.parametrize(
+    ("config", "gammas"),
+    [
+        ({}, GAMMAS),
+        ({"gamma_modules": LAYERS, "gamma_layers": [0, 1]}, ["attn.gamma1", "attn.gamma2", "mlp.gamma1", "mlp.gamma2"]),
+        ({"gamma_modules": LAYERS[:4], "gamma_layers": [0, 1]}, ["attn.gamma1", "attn.gamma2"]),
+        ({"gamma_modules": LAYERS[5:], "gamma_layers": [0, 1]}, ["mlp.gamma2"]),
+    ],
+    ids=["preset", "attention and feed-forward", "attention", "fc2"],
+)
+def test_an_adapter_of_ours_becomes_an_original_that_computes_the_same(config, gammas, inputs):
+    adapter = get_peft_model(as_the_original(), DiffFitConfig(num_classes=3, **config))
     randomise(adapter)
     adapter.eval()
-    model = original(as_the_original(), classes=3, gammas=["attn.gamma1", "attn.gamma2", "mlp.gamma1", "mlp.gamma2"])
+    model = original(as_the_original(), classes=3, gammas=gammas)
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
     state_dict = convert_peft_to_original(adapter)
     assert not any(tensor.requires_grad for tensor in state_dict.values())
@@ -219,6 +228,17 @@ def round_trip(state_dict: dict, dit: nn.Module) -> dict[str, Tensor]:
     return convert_peft_to_original(adapted(state_dict, dit))
 
 
+def vectors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with the product of the scale factors of one vector in the place of each of them."""
+    result = dict(state_dict)
+    for i in range(DEPTH):
+        for layer, own in (("attn.gamma2", "gamma1"), ("mlp.gamma2", "gamma2")):
+            factors = [result.pop(f"blocks.{i}.{name}", None) for name in (layer, own)]
+            if found := [factor.float() for factor in factors if factor is not None]:
+                result[f"blocks.{i}.{layer}"] = math.prod(found)
+    return result
+
+
 def base_values(dit: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     classes = len(state_dict["y_embedder.embedding_table.weight"]) - 1
     return published(original(dit, classes=classes, gammas=ALL_GAMMAS))
@@ -235,13 +255,33 @@ def test_what_moved_by_less_than_half_comes_back_exactly(classes, gammas):
         else:  # from half the base's value to twice
             tensor *= 0.5 + 1.5 * torch.rand(tensor.shape, generator=generator)
     found = round_trip(state_dict, make_dit())
-    assert found.keys() == state_dict.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in state_dict.items())
+    if gammas != ALL_GAMMAS:  # which no public code has
+        assert found.keys() == state_dict.keys()
+    found, expected = vectors(found), vectors(state_dict)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_preset_is_the_published_layout_and_comes_back_exactly():
+    model = get_peft_model(make_dit(), DiffFitConfig(num_classes=3))
+    randomise(model)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state_dict = convert_peft_to_original(model)
+    assert {*state_dict} == {*published(original(make_dit(), classes=3, gammas=GAMMAS))}
+    config, weights = convert_original_to_peft(state_dict, make_dit())
+    assert (config.gamma_layers, config.num_classes) == ([0, 1], 3)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        if "gamma" in name:
+            assert torch.equal(tensor, expected[name])
+        else:  # what was rounded is b + δ
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
 def test_what_moved_further_comes_back_within_the_bound_and_no_delta_does_better():
     state_dict = {name: torch.randn_like(tensor) for name, tensor in published(original(make_dit())).items()}
-    found, base = round_trip(state_dict, make_dit()), base_values(make_dit(), state_dict)
+    found, base = vectors(round_trip(state_dict, make_dit())), base_values(make_dit(), state_dict)
+    state_dict = vectors(state_dict)
     inexact = 0
     for name, tensor in state_dict.items():
         error = (found[name].double() - tensor.double()).abs()
@@ -271,14 +311,14 @@ def test_half_precision_weights_come_back_exactly_in_their_precision(dtype):
     state_dict = {name: tensor.to(dtype) for name, tensor in train(original(make_dit())).items()}
     config, weights = convert_original_to_peft(state_dict, make_dit())
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    found = round_trip(state_dict, make_dit())
-    assert all(torch.equal(found[name].to(dtype), tensor) for name, tensor in state_dict.items())
+    found, expected = vectors(round_trip(state_dict, make_dit())), vectors(state_dict)
+    assert all(torch.equal(found[name].to(tensor.dtype), tensor) for name, tensor in expected.items())
 
 
 def test_a_half_precision_base():
     state_dict = train(original(make_dit()))
     dit = make_dit().to(torch.bfloat16)
-    found = round_trip(state_dict, dit)
+    found, state_dict = vectors(round_trip(state_dict, dit)), vectors(state_dict)
     for name, before in base_values(make_dit().to(torch.bfloat16), state_dict).items():
         if name in state_dict:
             assert ((found[name] - state_dict[name]).abs() <= 2**-23 * (state_dict[name] - before).abs()).all()
@@ -439,7 +479,7 @@ def test_bases_that_are_no_original_dit_are_refused():
     ("config", "match"),
     [
         ({"gamma_modules": ["proj_out_2"]}, "no name for proj_out_2.difffit_gamma"),
-        ({}, "no name for transformer_blocks.0.norm1.linear.difffit_gamma"),
+        ({"gamma_modules": ["norm1.linear"]}, "no name for transformer_blocks.0.norm1.linear.difffit_gamma"),
         ({"modules_to_save": ["proj_out_2"]}, "proj_out_2 is a ModulesToSaveWrapper: convert on a model without it"),
         ({"sample_size": 16}, "from latents of side 8 to side 16, with rescaled positions"),
     ],

@@ -51,6 +51,7 @@ FIELDS = {
     "background": ["sky", "", "#ffffff80", "white" * 5_000, 3, True, [], ["red"], {"r": 1}],
     "modules_to_save": ["proj_out_2", ["(a+)+$"], [".*"], [""], ["../x"], [3], ["nowhere"], ["x"] * 5_000, {"a": 1}],
     "init_weights": ["yes", 3, None, []],
+    "format_version": [n for n in NUMBERS if n != 0],
     "base_config": [[], 3, "x", *({"num_layers": value} for value in NUMBERS), {"unknown": 1}, {"sample_size": "8"}],
     "peft_type": ["LORA", "NONE", "difffit", 3, None, [], {}, "../DIFFFIT"],
     "task_type": ["CAUSAL_LM", "SEQ_CLS", "none", 3, {}, []],

@@ -10,6 +10,8 @@ from conftest import NULL, make_dit, make_inputs, randomise
 from diffusers import DiTTransformer2DModel
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 
@@ -33,6 +35,13 @@ def trained(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def reference_name(name: str) -> str:
+    """The name in `reference.forward` of an adapter's parameter."""
+    name = name.removeprefix("base_model.model.").replace("norm1_emb.", "transformer_blocks.0.norm1.emb.")
+    layer, kind = name.removesuffix(".default").rsplit(".difffit_", 1)
+    return "rows" if layer.endswith("embedding_table") else f"{layer}.{kind}"
+
+
 def outputs(model, inputs, **kwargs) -> torch.Tensor:
     with torch.no_grad():
         return model(**inputs, **kwargs).sample
@@ -46,10 +55,56 @@ def test_bitfit_trains_the_papers_count():
     assert trained(model) == 607_136
 
 
-def test_difffit_trains_the_papers_budget():
+def test_difffit_trains_the_published_layout_name_by_name():
+    """Diffusion-Tuning and MinimaxDiffusion, `models.py`: γ on qkv, proj and both branches, in the first 14 blocks."""
     model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101))
-    assert trained(model) == 607_136 + 28 * 6 * 1152  # γ on shift, scale and gate, of attention and of feed-forward
-    assert trained(model) <= 830_000
+    layers = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2"]
+    published = {f"base_model.model.transformer_blocks.{i}.{layer}" for i in range(14) for layer in layers}
+    modules = dict(model.named_modules())
+    assert {name for name in modules if getattr(modules[name], "difffit_gamma", None)} == published
+    biases = {name.removesuffix(".base_layer.bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
+    deltas = {name for name in modules if getattr(modules[name], "difffit_delta", None)}
+    assert deltas == biases | {"base_model.model.norm1_emb.class_embedder.embedding_table"}
+    assert trained(model) == 687_776 == 607_136 + 14 * 5 * 1152
+
+
+def test_gamma_on_adaln_is_one_line_away():
+    model = get_peft_model(dit_xl_2(), DiffFitConfig(num_classes=101, gamma_modules=["norm1.linear"]))
+    assert trained(model) == 800_672 == 607_136 + 28 * 6 * 1152  # shift, scale, gate; of attention and feed-forward
+
+
+@pytest.mark.parametrize(
+    ("fields", "modules", "blocks"),
+    [
+        ({}, ["attn1.to_k", "attn1.to_out.0", "attn1.to_q", "attn1.to_v", "ff.net.2"], [0, 1, 2]),  # 2.5 of 5, up
+        ({"gamma_layers": [4]}, ["attn1.to_k", "attn1.to_out.0", "attn1.to_q", "attn1.to_v", "ff.net.2"], [4]),
+        ({"gamma_modules": ["to_q"]}, ["to_q"], None),
+        ({"gamma_modules": []}, [], None),
+        ({"target_modules": ["attn1.to_q", "proj_out_2"]}, ["attn1.to_q"], [0, 1, 2]),
+        ({"target_modules": ["proj_out_2"]}, [], None),
+        ({"exclude_modules": ["transformer_blocks.0.attn1.to_q", "to_k", "to_v", "ff.net.2", "1.attn1.to_out.0"]},
+         ["transformer_blocks.0.attn1.to_out.0", "transformer_blocks.1.attn1.to_q",
+          "transformer_blocks.2.attn1.to_out.0", "transformer_blocks.2.attn1.to_q"], None),
+    ],
+)  # fmt: skip
+def test_an_attached_config_names_the_layers_that_get_gamma(fields, modules, blocks):
+    model = get_peft_model(make_dit(num_layers=5), DiffFitConfig(**fields))
+    config = model.peft_config["default"]
+    assert (config.gamma_modules, config.gamma_layers) == (modules, blocks)
+    again = get_peft_model(make_dit(num_layers=5), config)
+    assert {*get_peft_model_state_dict(again, save_embedding_layers=False)} == {
+        *get_peft_model_state_dict(model, save_embedding_layers=False)
+    }
+
+
+def test_an_attached_config_names_the_layers_that_get_a_change_of_low_rank(dit):
+    assert get_peft_model(dit, DiffFitConfig(r=1)).peft_config["default"].low_rank_modules == [
+        "attn1.to_out.0",
+        "ff.net.2",
+    ]
+    part = get_peft_model(make_dit(), DiffFitConfig(r=1, exclude_modules=["transformer_blocks.0.ff.net.2"]))
+    names = [f"transformer_blocks.{i}.{name}" for i in range(4) for name in ("attn1.to_out.0", "ff.net.2")]
+    assert part.peft_config["default"].low_rank_modules == [name for name in names if "0.ff" not in name]
 
 
 def test_rank_1_in_the_place_of_gamma_keeps_to_the_papers_budget():
@@ -82,7 +137,7 @@ def test_no_embedder_is_counted_twice(dit, config):
 @pytest.mark.parametrize("config", [{}, {"r": 1}])
 def test_identity_at_initialisation(dit, inputs, config):
     expected = outputs(dit, inputs)
-    assert torch.equal(outputs(get_peft_model(dit, DiffFitConfig()), inputs), expected)
+    assert torch.equal(outputs(get_peft_model(dit, DiffFitConfig(**config)), inputs), expected)
 
 
 def test_new_classes_start_as_the_null_class(dit, inputs):
@@ -139,15 +194,8 @@ def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
     randomise(model)
     target = torch.randn(5, 8, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(3))
 
-    adapter, ours = {}, {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = name.removeprefix("base_model.model.").replace("norm1_emb.", "transformer_blocks.0.norm1.emb.")
-        layer, kind = name.removesuffix(".default").rsplit(".difffit_", 1)
-        name = "rows" if layer.endswith("embedding_table") else f"{layer}.{kind}"
-        ours[name] = parameter
-        adapter[name] = parameter.detach().clone().requires_grad_()
+    ours = {reference_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = {name: parameter.detach().clone().requires_grad_() for name, parameter in ours.items()}
     assert {name.rsplit(".", 1)[-1] for name in adapter} == kinds
 
     x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
@@ -161,6 +209,99 @@ def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
         torch.testing.assert_close(parameter.grad, adapter[name].grad, rtol=1e-5, atol=1e-12, msg=name)
     names = {name for name, p in model.named_parameters() if p.grad is not None}
     assert names == {name for name, _ in model.named_parameters() if ".difffit_" in name}
+
+
+def test_gamma_has_second_derivatives_and_forward_ones():
+    x = torch.randn(2, 3, 4, dtype=torch.double, requires_grad=True)
+    layer = DiffFitLayer(torch.nn.Linear(4, 5).requires_grad_(False))
+    layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=True)
+    layer.set_adapter("a")
+    layer.double()
+    names, values = zip(*[(n, p) for n, p in layer.named_parameters() if p.requires_grad], strict=True)
+
+    def forward(x, *values):
+        return functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    options = {"check_batched_grad": True}
+    assert torch.autograd.gradcheck(
+        forward, (x, *values), check_forward_ad=True, check_batched_forward_grad=True, **options
+    )
+    assert torch.autograd.gradgradcheck(forward, (x, *values), check_fwd_over_rev=True, **options)
+
+    gamma, delta = (value.detach() for value in values)
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+
+    def ours(gamma, x):
+        return forward(x, gamma, delta).square().sum()
+
+    def plain(gamma, x):
+        return (gamma * (x @ weight.T + bias + delta)).square().sum()
+
+    with torch.no_grad():  # what these functions compute does not depend on it
+        x = x.clone()
+        transforms = {
+            "hessian": lambda f: hessian(f)(gamma, x),
+            "jvp": lambda f: jvp(f, (gamma, x), (torch.ones_like(gamma), torch.ones_like(x)))[1],
+            "gradients per sample": lambda f: vmap(grad(f), (None, 0))(gamma, x),
+            "gradients per γ": lambda f: vmap(grad(f), (0, None))(torch.stack([gamma, 2 * gamma]), x),
+        }
+        for name, transform in transforms.items():
+            torch.testing.assert_close(transform(ours), transform(plain), msg=name)
+
+
+def test_gradient_penalties_and_gradients_per_sample(dit, inputs):
+    dit, positions = dit.double(), dit.pos_embed.pos_embed.double()
+    model = get_peft_model(dit, DiffFitConfig()).double()
+    randomise(model)
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
+
+    def penalty(output):
+        return torch.autograd.grad(output.square().mean(), x, create_graph=True)[0].square().sum()
+
+    x.requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        found = torch.autograd.grad(penalty(model(x, timestep=t, class_labels=labels).sample), [*weights.values()])
+    base = {name: tensor.double() for name, tensor in make_dit().state_dict().items()}
+    adapter = {reference_name(name): weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    output = reference.forward(x, t, labels, positions, base, adapter, heads=2, depth=4, patch=2)
+    expected = torch.autograd.grad(penalty(output), [*adapter.values()])
+    for name, ours, theirs in zip(adapter, found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-12, msg=name)
+
+    def loss(weights, x, t, label):
+        batch = {"timestep": t[None], "class_labels": label[None]}
+        return functional_call(model, weights, (x[None],), batch).sample.square().mean()
+
+    samples = vmap(grad(loss), (None, 0, 0, 0))({n: p.detach() for n, p in weights.items()}, x.detach(), t, labels)
+    for i in range(len(x)):
+        alone = torch.autograd.grad(loss(weights, x[i], t[i], labels[i]), [*weights.values()])
+        for name, gradient in zip(weights, alone, strict=True):
+            torch.testing.assert_close(samples[name][i], gradient, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_a_model_that_writes_into_what_gamma_gave():
+    """docs/api.md says what to do: PyTorch keeps a copy of what is overwritten."""
+
+    class InPlace(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).add_(1)
+
+    torch.manual_seed(0)
+    base, x = InPlace(), torch.randn(5, 3)
+    model = get_peft_model(base, DiffFitConfig(gamma_modules=["layer"], init_weights=False))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).square().sum().backward()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        model(x).square().sum().backward()
+    layer = base.layer
+    gamma = layer.difffit_gamma["default"].detach().clone().requires_grad_()
+    (gamma * (layer.base_layer(x) + layer.difffit_delta["default"]) + 1).square().sum().backward(inputs=[gamma])
+    torch.testing.assert_close(layer.difffit_gamma["default"].grad, gamma.grad)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(dit, inputs):
@@ -206,7 +347,7 @@ def test_merge_equals_forward(dit, inputs, config):
     keys = list(dit.state_dict())
     model = get_peft_model(dit, DiffFitConfig(num_classes=3, **config))
     randomise(model)
-    layer = model.base_model.model.transformer_blocks[0].norm1.linear
+    layer = model.base_model.model.transformer_blocks[0].attn1.to_v
     layer.difffit_gamma["default"].data[:3] = torch.tensor([0.0, -1.0, 2.0])
     expected = outputs(model, inputs)
     merged = model.merge_and_unload()

@@ -35,7 +35,7 @@ DIMENSIONS = {"attention_head_dim": 4, "num_layers": 2, "sample_size": 4, "num_e
 CONFIGS = [
     {},
     {"gamma_modules": []},
-    {"num_classes": 2},
+    {"num_classes": 2, "gamma_modules": ["norm1.linear"]},
     {"gamma_modules": ["attn1.to_q", "ff.net.2"], "gamma_layers": [1], "num_classes": 4},
     {"target_modules": ["attn1.to_v", "proj_out_2"]},
     {"target_modules": [], "gamma_modules": ["attn1.to_k", "proj_out_1"]},

@@ -152,6 +152,8 @@ def test_starts_from_the_bases_rows_when_the_labels_agree(script, workdir, capsy
         result.trained_parameters,
         result.trained_share,
     ]
+    assert "AdamW at 0.001, 10x the rate that published DiTs are pre-trained at" in printed
+    assert "weight decay 0\n" in printed
     assert config.gamma_modules == []
     names = load_file(result.output_dir / "adapter_model.safetensors").keys()
     assert not any("gamma" in name for name in names) and any("difffit_B" in name for name in names)
@@ -270,7 +272,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
     [
         (["--learning_rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
         (["--no-random_flip"], "random_flip was True and is False"),
-        (["--gamma_modules", "attn1.to_q"], "gamma_modules was None and is"),
+        (["--gamma_modules", "attn1.to_q"], r"gamma_modules was \['attn1.to_k', .* and is \['attn1.to_q'\]"),
         (["--r", "1"], "r was 0 and is 1"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
     ],

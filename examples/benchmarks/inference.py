@@ -5,9 +5,9 @@
 At the width of DiT-XL/2 with random weights and adapters of random values, in float32, without gradients.
 
 - Sampling: one evaluation of the transformer for 2 images and their 2 unconditional twins, which with guidance is a
-  sampling step but for the scheduler's few operations. The base, DiffFit with γ and with rank 1
-  in its place, and LoRA, unmerged and merged, take turns on models of 8 blocks (4 with `--short`). The base is a plain
-  Diffusers DiT, and so is what `merge_and_unload` makes.
+  sampling step but for the scheduler's few operations. The base, DiffFit with γ as published, with γ on adaLN and with
+  rank 1 in its place, and LoRA, unmerged and merged, take turns on models of 8 blocks (4 with `--short`). The base is a
+  plain Diffusers DiT, and so is what `merge_and_unload` makes.
 - Loading and switching, by `DiffFitDiTPipeline`, of adapters for all 28 blocks and 101 classes, from files that were
   read before.
 - One batch of 32 samples with an adapter per sample, 1, 8 or 32 different ones, `adapter_names=[...]`, against the same
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from matplotlib.figure import Figure
-from methods import LAYERS, RANK_1, dit_xl_2
+from methods import DIFFFIT, LAYERS, dit_xl_2
 from peft import LoraConfig, PeftConfig, get_peft_model
 from report import output_dir, parser, publish, spread, table, target
 from torch import nn
@@ -42,8 +42,7 @@ def config(method: str) -> PeftConfig:
     """Of an adapter whose values are random: an untrained one would be the base."""
     if method == "LoRA":
         return LoraConfig(target_modules=LAYERS, r=8, lora_alpha=8, init_lora_weights=False)
-    options = RANK_1 if method == "DiffFit r=1" else {}
-    return DiffFitConfig(num_classes=NUM_CLASSES, init_weights=False, **options)
+    return DiffFitConfig(num_classes=NUM_CLASSES, init_weights=False, **DIFFFIT[method])
 
 
 def take_turns(ways: dict[str, Callable[[], object]], rounds: int, desc: str) -> Seconds:
@@ -70,7 +69,7 @@ def evaluation(model: nn.Module, batch: int, **kwargs: object) -> Callable[[], o
 
 def sampling(num_layers: int, rounds: int) -> Seconds:
     models = {"base": dit_xl_2(num_layers)}
-    for method in ("DiffFit", "DiffFit r=1", "LoRA"):
+    for method in (*DIFFFIT, "LoRA"):
         models[f"{method}, unmerged"] = get_peft_model(dit_xl_2(num_layers), config(method))
         models[f"{method}, merged"] = get_peft_model(dit_xl_2(num_layers), config(method)).merge_and_unload()
     return take_turns({name: evaluation(model, BATCH) for name, model in models.items()}, rounds, "sampling")

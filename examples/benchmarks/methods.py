@@ -16,7 +16,9 @@ What each trains:
 - "LN tuning": the affine parameters of every LayerNorm. A DiT's have none, as adaLN computes scale and shift from the
   timestep and class: it trains nothing, and PEFT's `LNTuningConfig` stops with an `AttributeError` (peft 0.21), so that
   the norms are unfrozen where they are.
-- "DiffFit": `DiffFitConfig()`.
+- "DiffFit": `DiffFitConfig()`, γ as published: on queries, keys, values and the output layers of attention and
+  feed-forward, in the first half of the blocks.
+- "DiffFit, adaLN": γ on what adaLN computes, in all blocks. Ours, and no layout of the paper.
 - "DiffFit r=1": a change of rank 1 of the output layers of attention and feed-forward in the place of γ, within the
   paper's number of parameters; biases of keys, which have no effect, are left out.
 - "floor", for timing alone: the frozen model with one trainable scalar added to its input. No method that adapts the
@@ -39,6 +41,12 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 RANK_1: dict[str, Any] = {"gamma_modules": [], "r": 1, "exclude_modules": ["to_k"]}
 
+DIFFFIT: dict[str, dict[str, Any]] = {
+    "DiffFit": {},
+    "DiffFit, adaLN": {"gamma_modules": ["norm1.linear"]},
+    "DiffFit r=1": RANK_1,
+}
+
 _PEFT: dict[str, PeftConfig] = {
     "LoRA r=8": LoraConfig(target_modules=LAYERS, r=8, lora_alpha=8),
     "LoRA r=16": LoraConfig(target_modules=LAYERS, r=16, lora_alpha=16),
@@ -48,7 +56,7 @@ _PEFT: dict[str, PeftConfig] = {
     "IA³": IA3Config(target_modules=LAYERS, feedforward_modules=["ff.net.2"]),
 }
 
-METHODS = ("full", "BitFit", *_PEFT, "LN tuning", "DiffFit", "DiffFit r=1")
+METHODS = ("full", "BitFit", *_PEFT, "LN tuning", *DIFFFIT)
 """In the order in which tables show them; `adapt` also takes "floor". "LN tuning" has nothing to train in a DiT."""
 
 
@@ -101,9 +109,8 @@ def adapt(name: str, model: DiTTransformer2DModel, num_classes: int | None = Non
     """
     if name not in (*METHODS, "floor"):
         raise ValueError(f"{name!r} is no method: use one of {', '.join(METHODS)} or floor.")
-    if name.startswith("DiffFit"):
-        options = RANK_1 if name == "DiffFit r=1" else {}
-        return get_peft_model(model, DiffFitConfig(num_classes=num_classes, **options))
+    if name in DIFFFIT:
+        return get_peft_model(model, DiffFitConfig(num_classes=num_classes, **DIFFFIT[name]))
     if name == "BitFit":
         rows = DiffFitConfig(target_modules=["embedding_table"], gamma_modules=[], num_classes=num_classes)
         adapted = get_peft_model(model, rows)

@@ -67,7 +67,7 @@ def attach(method: str, model: DiTTransformer2DModel) -> nn.Module:
             num_classes=adaptation.NUM_CLASSES,
             init_class_rows="base",
             sample_size=SAMPLE_SIZE,
-            **(methods.RANK_1 if method == "DiffFit r=1" else {}),
+            **methods.DIFFFIT[method.removesuffix(NOT_RESCALED)],
         )
         adapted = get_peft_model(model, config)
     else:
