@@ -3,6 +3,8 @@
 import re
 from importlib.metadata import version
 
+from . import noise  # noqa: F401 (before PEFT)
+
 # The package leans on parts of PEFT that change between minor versions; pyproject.toml states the same range.
 if tuple(map(int, re.findall(r"\d+", version("peft"))[:2])) != (0, 21):
     raise ImportError(

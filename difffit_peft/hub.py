@@ -12,7 +12,7 @@ from typing import Any
 
 import PIL.Image
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -322,6 +322,31 @@ def push_adapter(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def check_push(repo_id: str, create_pr: bool = False) -> None:
+    """Asks the Hub, where nothing changes, whether `push_adapter` may write to a repository: before hours of work.
+
+    Raises:
+        ValueError: if `repo_id` is not valid, or the token may not write there.
+        OSError: if there is no token, or the Hub does not take it; `httpx.HTTPError` if it cannot be reached.
+    """
+    validate_repo_id(repo_id)
+    user = HfApi().whoami()
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            f"The token of {user['name']} may only read, so it cannot upload to {repo_id}. Log in with one that may "
+            f"write: {constants.ENDPOINT}/settings/tokens."
+        )
+    owners = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
+    owner = repo_id.rpartition("/")[0]
+    if owner and owner.lower() not in [name.lower() for name in owners]:
+        if not create_pr:
+            raise ValueError(
+                f"{repo_id} belongs to {owner}, and the token is of {user['name']}, who may write to repositories of "
+                f"{', '.join(owners)} alone. Choose one of those."
+            )
+        HfApi().model_info(repo_id)  # a pull request needs a repository that is there
 
 
 _PICTURE = "samples.png"

@@ -24,6 +24,13 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.class_names import classes_called
+from difffit_peft.config import parse_colour
+from difffit_peft.files import write
+from difffit_peft.hub import adapter_folder
+from difffit_peft.training.data import LabelledImages, load_labelled_images, to_pixels
+from difffit_peft.training.scripts import base_dtype, non_negative_int, positive_int, run_script
 from diffusers.utils import make_image_grid
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -32,22 +39,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.class_names import classes_called
-from difffit_peft.config import parse_colour
-from difffit_peft.files import write
-from difffit_peft.hub import adapter_folder
-from difffit_peft.training.data import LabelledImages, load_labelled_images, to_pixels
-
 NEIGHBOURS = 3  # k of precision and recall
 KID_SUBSET = 1000
 GRID = 64  # samples.png shows at most so many images
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="leave them out, rather than stop",
     )
     real.add_argument("--max_train_samples", type=positive_int, help="so many real images, drawn with --seed")
-    real.add_argument("--dataloader_num_workers", type=int, default=0)
+    real.add_argument("--dataloader_num_workers", type=non_negative_int, default=0)
     real.add_argument("--cache_dir", help="for downloads; default: the Hugging Face cache")
 
     sampling = parser.add_argument_group("sampling and comparison")
@@ -89,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--batch_size", type=positive_int, default=32, help="per process")
     sampling.add_argument("--guidance_scale", type=float, default=4.0)
     sampling.add_argument("--num_inference_steps", type=positive_int, default=50)
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=non_negative_int, default=0)
     sampling.add_argument(
         "--features",
         default="inception",
@@ -97,6 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(N, 3, H, W) to features (N, D)",
     )
     sampling.add_argument("--output_dir", type=Path, default=Path("evaluation"))
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 
 
@@ -146,6 +141,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[f
 
 def compare(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
     """The metrics of two sets of features, each of shape (N, D) with N > 3."""
+    if real.device.type == "mps":  # it has no float64
+        real, fake = real.cpu(), fake.cpu()
     real, fake = real.double(), fake.double()
     identity = nn.Identity()  # the features are computed already
     identity.num_features = real.shape[1]
@@ -257,9 +254,9 @@ def main(args: argparse.Namespace) -> dict:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if not accelerator.is_local_main_process:
         logging.getLogger("difffit_peft").setLevel(logging.ERROR)  # its warnings are the same in all processes
+    dtype = base_dtype(accelerator)
     with accelerator.local_main_process_first():  # it downloads for the others
         extractor = load_extractor(args.features).eval().requires_grad_(False).to(accelerator.device)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiffFitDiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
@@ -367,4 +364,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

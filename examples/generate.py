@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.files import write
 from difffit_peft.training.pictures import label_rows, sample_grid
+from difffit_peft.training.scripts import base_dtype, positive_int, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,12 +27,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="*", default=[], help="Hub ids or folders of adapters to load onto it")
     parser.add_argument("--adapter_weights", nargs="*", type=float, help="a strength for each; default: 1")
     parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
-    parser.add_argument("--num_images", type=int, default=4, help="per class")
+    parser.add_argument("--num_images", type=positive_int, default=4, help="per class")
     parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 
 
@@ -40,11 +41,10 @@ def main(args: argparse.Namespace) -> None:
     if args.adapter_weights and len(args.adapter_weights) != len(args.adapters):
         raise ValueError(f"{len(args.adapter_weights)} --adapter_weights for {len(args.adapters)} --adapters.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiffFitDiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
-        dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16
+        dtype={"transformer": base_dtype(accelerator), "default": torch.float32},  # VAEs overflow in fp16
     )
     if args.adapters and pipe.get_list_adapters():
         raise ValueError(
@@ -76,4 +76,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -7,16 +7,16 @@ import argparse
 from collections import Counter
 
 import torch
-from diffusers import DiTTransformer2DModel
-from peft import get_peft_model, get_peft_model_state_dict
-
 from difffit_peft import DiffFitConfig
 from difffit_peft.hub import base_parameters
+from difffit_peft.training.scripts import positive_int, run_script
+from diffusers import DiTTransformer2DModel
+from peft import get_peft_model, get_peft_model_state_dict
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_classes", type=int, default=101, help="classes of the new domain")
+    parser.add_argument("--num_classes", type=positive_int, default=101, help="classes of the new domain")
     args = parser.parse_args()
 
     with torch.device("meta"):  # shapes without values
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,9 +8,10 @@ import argparse
 
 import torch
 from accelerate import Accelerator
-
 from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.hub import check_push
 from difffit_peft.training.pictures import label_rows, sample_grid
+from difffit_peft.training.scripts import non_negative_int, positive_int, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,14 +25,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--license", default="unknown", help="identifier of a licence, as the Hub knows it")
     parser.add_argument("--dataset", help="Hub id, or a few words")
     parser.add_argument("--labels", nargs="+", help="classes on the picture, by name or index; default: the first four")
-    parser.add_argument("--num_images", type=int, default=4, help="per class; 0: no picture")
+    parser.add_argument("--num_images", type=non_negative_int, default=4, help="per class; 0: no picture")
     parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    check_push(args.repo_id, args.create_pr)
     base = args.pretrained_model_name_or_path or args.adapter
     pipe = DiffFitDiTPipeline.from_pretrained(base, dtype=torch.float32)
     if args.pretrained_model_name_or_path:
@@ -64,4 +67,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

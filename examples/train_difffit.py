@@ -11,9 +11,8 @@ import argparse
 import json
 import logging
 import math
-import resource
-import signal
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,29 +20,33 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    LoggerType,
     broadcast_object_list,
+    is_bnb_available,
     set_seed,
 )
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft.files import write
+from difffit_peft.hub import base_parameters, check_push, push_adapter, save_adapter
+from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
+from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.loop import Diverged, TrainingLoop
+from difffit_peft.training.pictures import grid_over_time, label_rows, plot_losses, sample_grid
+from difffit_peft.training.scripts import StopSignals, base_dtype, non_negative_int, positive_int, run_script
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import cached_assets_path, create_repo
 from peft import get_peft_model
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
-
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
-from difffit_peft.files import write
-from difffit_peft.hub import base_parameters, push_adapter, save_adapter
-from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
-from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
-from difffit_peft.training.loop import Diverged, TrainingLoop
-from difffit_peft.training.pictures import grid_over_time, label_rows, plot_losses, sample_grid
 
 # What a run must keep to be resumed, beside its data and base.
 SETTINGS = [
@@ -73,12 +76,6 @@ class Result:
     grids: list[Path]
 
 
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
@@ -102,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     base.add_argument("--skip_broken_images", action=switch, default=False, help="leave them out, rather than stop")
     base.add_argument(
         "--num_held_out_images",
-        type=int,
+        type=non_negative_int,
         help="kept from training for the validation loss; default: one in twenty, up to 200",
     )
     base.add_argument("--output_dir", type=lambda path: Path(path).expanduser(), default=Path("difffit-adapter"))
@@ -112,29 +109,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     difffit.add_argument(
         "--gamma_modules",
         nargs="*",
-        help="endings of the layers that get γ; default: as published; nothing after it: none, which is BitFit",
+        help="endings of the layers that get scale factors; default: as published; nothing after it: none, as BitFit",
     )
     difffit.add_argument(
         "--gamma_layers",
         nargs="*",
-        type=int,
-        help="blocks that get γ; default: the first half, or all of --gamma_modules",
+        type=non_negative_int,
+        help="blocks that get scale factors; default: the first half, or all of --gamma_modules",
     )
     difffit.add_argument(
         "--r",
-        type=int,
+        type=non_negative_int,
         default=0,
         help="rank of a change of the weights, which the paper does not have; 1, and --gamma_modules with nothing "
         "after it, is within the paper's number of parameters",
     )
 
     train = parser.add_argument_group("training")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=non_negative_int, default=0)
     train.add_argument("--train_batch_size", type=positive_int, default=32, help="per process")
     train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
     train.add_argument("--num_train_epochs", type=positive_int, default=100)
     train.add_argument("--max_train_steps", type=positive_int, help="overrides --num_train_epochs")
-    train.add_argument("--dataloader_num_workers", type=int, default=0)
+    train.add_argument("--dataloader_num_workers", type=non_negative_int, default=0)
     train.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], default="bf16", help="the frozen base is held in it too"
     )
@@ -145,7 +142,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--learning_rate", type=float, default=10 * PRE_TRAINING_RATE, help="DiffFit works best at 10x pre-training's"
     )
     train.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant")
-    train.add_argument("--lr_warmup_steps", type=int, default=0, help="used by constant_with_warmup, cosine, ...")
+    train.add_argument(
+        "--lr_warmup_steps", type=non_negative_int, default=0, help="used by constant_with_warmup, cosine, ..."
+    )
     train.add_argument("--adam_beta1", type=float, default=0.9)
     train.add_argument("--adam_beta2", type=float, default=0.999)
     train.add_argument("--adam_weight_decay", type=float, default=0.0)
@@ -171,10 +170,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     show = parser.add_argument_group("validation")
     show.add_argument("--validation_labels", nargs="+", help="classes, by name or index; default: up to four of them")
     show.add_argument("--validation_steps", type=positive_int, default=1000)
-    show.add_argument("--num_validation_images", type=int, default=4, help="per class; 0 turns validation off")
+    show.add_argument(
+        "--num_validation_images", type=non_negative_int, default=4, help="per class; 0: no pictures, the loss alone"
+    )
     show.add_argument("--guidance_scale", type=float, default=4.0)
     show.add_argument("--num_inference_steps", type=positive_int, default=50)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
+
+
+def check_installed(args: argparse.Namespace) -> None:
+    """Refuses what needs a package that is not there. Accelerate passes over such a tracker, and nothing is logged."""
+    if args.report_to != "none" and LoggerType(args.report_to) not in get_available_trackers():
+        raise ValueError(
+            f"--report_to {args.report_to} needs {args.report_to}, which is not installed: pip install "
+            f"{args.report_to}, or choose --report_to none."
+        )
+    if args.optimizer == "adamw_8bit" and not is_bnb_available():
+        raise ValueError("--optimizer adamw_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes taken at the most: of the accelerator, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
 def sample_size_for(pipe: DiffFitDiTPipeline, resolution: int | None) -> tuple[int, int]:
@@ -198,10 +223,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: argparse.Namespac
         "eps": args.adam_epsilon,
     }
     if args.optimizer == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options, fused=args.optimizer == "adamw_fused" or None)
 
@@ -216,6 +239,7 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
 
 
 def main(args: argparse.Namespace) -> Result:
+    check_installed(args)
     found = checkpoints(args.output_dir)
     resume = args.resume_from_checkpoint
     elsewhere = (
@@ -252,11 +276,12 @@ def main(args: argparse.Namespace) -> Result:
         )
     if not accelerator.is_local_main_process:
         logging.getLogger("difffit_peft").setLevel(logging.ERROR)  # its warnings are the same in all processes
+    dtype = base_dtype(accelerator)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:  # now, rather than find in the end that it cannot be
         name = args.hub_model_id or args.output_dir.resolve().name
+        check_push(name)
         repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     pipe = DiffFitDiTPipeline.from_pretrained(  # unlike the stock one it knows any base's null class
         args.pretrained_model_name_or_path,
         revision=args.revision,
@@ -272,7 +297,7 @@ def main(args: argparse.Namespace) -> Result:
     pipe.vae.to(accelerator.device)
     if not sharded:  # FSDP moves what it shares out, block by block
         pipe.transformer.to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(desc="Validation pictures", leave=False, disable=not accelerator.is_local_main_process)
     pipe.vae.requires_grad_(False)
     resolution, sample_size = sample_size_for(pipe, args.resolution)
     data = load_labelled_images(
@@ -395,6 +420,8 @@ def main(args: argparse.Namespace) -> Result:
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("difffit", config=settings)
 
+    pictures = args.output_dir / "validation"
+
     def validate() -> None:  # in all processes: under FSDP none of them has a whole model
         with loop.averaged_weights():
             if len(held_out):
@@ -410,58 +437,58 @@ def main(args: argparse.Namespace) -> Result:
                     guidance_scale=args.guidance_scale,
                     num_inference_steps=args.num_inference_steps,
                 )
-                path = args.output_dir / "validation" / f"step-{loop.step:06d}.png"
+                path = pictures / f"step-{loop.step:06d}.png"
                 if accelerator.is_main_process:
                     write(path, lambda partial: grid.save(partial, format="PNG"))
-                history["grids"].append(str(path))
+                history["grids"].append(path.name)
                 for tracker in accelerator.trackers:
                     if hasattr(tracker, "log_images"):  # not trackio's, in accelerate 1.15
                         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                         tracker.log_images({"validation": np.asarray(grid)[None]}, step=loop.step, **layout)
 
-    # Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
-    handlers = {n: signal.signal(n, lambda *_: loop.stop()) for n in (signal.SIGINT, signal.SIGTERM)}
-    if loop.step == 0:
-        validate()
-    bar = tqdm(total=total_steps, initial=loop.step, desc="Training", disable=not accelerator.is_local_main_process)
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of the encoder
-    try:
-        for loss in loop.steps(accelerator.prepare(loader)):
-            lr = loop.lr_scheduler.get_last_lr()[0]
-            bar.set_postfix(loss=f"{loop.average:.4f}", lr=f"{lr:.1e}")
-            bar.update()
-            history["training"].append((loop.step, loop.average))
-            accelerator.log({"loss": loss, "lr": lr}, step=loop.step)
-            if loop.step % args.validation_steps == 0 or loop.step == total_steps:
-                validate()
-            if loop.step % args.checkpointing_steps == 0 or loop.stopping:
-                state = loop.state_dict() | {"history": history}
-                with loop.averaged_weights():
-                    save = partial(
-                        save_adapter, model, repo_id=f"checkpoint-{loop.step}", state_dict=loop.trained_weights()
-                    )
-                if accelerator.is_main_process:
-                    save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit, save)
-    except Diverged as error:
-        last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
-        raise Diverged(f"{error} No adapter is saved.{last}") from None
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with StopSignals(loop.stop, show=accelerator.is_local_main_process) as signals:
+        if loop.step == 0:
+            validate()
+        bar = tqdm(total=total_steps, initial=loop.step, desc="Training", disable=not accelerator.is_local_main_process)
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of the encoder
+        try:
+            for loss in loop.steps(accelerator.prepare(loader)):
+                lr = loop.lr_scheduler.get_last_lr()[0]
+                bar.set_postfix(loss=f"{loop.average:.4f}", lr=f"{lr:.1e}")
+                bar.update()
+                history["training"].append((loop.step, loop.average))
+                accelerator.log({"loss": loss, "lr": lr}, step=loop.step)
+                if loop.step % args.validation_steps == 0 or loop.step == total_steps:
+                    validate()
+                if loop.step % args.checkpointing_steps == 0 or loop.stopping:
+                    state = loop.state_dict() | {"history": history}
+                    with loop.averaged_weights():
+                        save = partial(
+                            save_adapter, model, repo_id=f"checkpoint-{loop.step}", state_dict=loop.trained_weights()
+                        )
+                    if accelerator.is_main_process:
+                        save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit, save)
+        except Diverged as error:
+            last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
+            raise Diverged(f"{error} No adapter is saved.{last}") from None
+        finally:
+            bar.close()
     if loop.stopping:
         accelerator.print(f"Stopped after step {loop.step}; go on with --resume_from_checkpoint latest")
+        accelerator.wait_for_everyone()  # a launcher ends all when the first one ends with an error
         accelerator.end_training()
-        raise SystemExit(0)
+        raise SystemExit(signals.exit_code)
 
     with loop.averaged_weights():
         weights = loop.trained_weights()
+    # by their names, as checkpoints hold them: the folder may have moved since, or be another run's that had pictures
+    grids = [path for name in history["grids"] if (path := pictures / Path(name).name).is_file()]
     if accelerator.is_main_process:
         picture = None
-        if history["grids"]:
+        if grids:
             names = [data.class_names[i] for i in classes]
-            picture = label_rows(PIL.Image.open(history["grids"][-1]), names)
+            picture = label_rows(PIL.Image.open(grids[-1]), names)
         card = {
             "dataset": args.dataset_name,
             "training": {
@@ -474,12 +501,9 @@ def main(args: argparse.Namespace) -> Result:
             "picture": picture,
         }
         save_adapter(model, args.output_dir, state_dict=weights, **card)
-        if repo_id is not None:
-            push_adapter(model, repo_id, state_dict=weights, **card)
     accelerator.wait_for_everyone()
     adapter = args.output_dir / "adapter_model.safetensors"
     adapter_bytes = broadcast_object_list([adapter.stat().st_size if accelerator.is_main_process else None])[0]
-    on_gpu = accelerator.device.type == "cuda"
     result = Result(
         output_dir=args.output_dir,
         adapter_bytes=adapter_bytes,
@@ -489,10 +513,8 @@ def main(args: argparse.Namespace) -> Result:
         seconds_per_step=statistics.median(loop.seconds[2:] or loop.seconds or [0.0]),
         loss=loop.average,
         validation_loss=history["validation"][-1][1] if history["validation"] else None,
-        peak_memory_bytes=torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        grids=[Path(path) for path in history["grids"]],
+        peak_memory_bytes=peak_memory(accelerator.device),
+        grids=grids,
     )
     if accelerator.is_main_process:
         plot_losses({name: history[name] for name in ("training", "validation")}, args.output_dir / "loss.png")
@@ -508,9 +530,11 @@ def main(args: argparse.Namespace) -> Result:
             f"{loop.average:.4f}{shown}, peak memory {result.peak_memory_bytes / 2**30:.1f} GiB\n"
             f"Pictures: {args.output_dir}/loss.png" + (f", {args.output_dir}/validation.png" if result.grids else "")
         )
+        if repo_id is not None:  # last: whatever the Hub does, all is on disk
+            accelerator.print(push_adapter(model, repo_id, state_dict=weights, **card).commit_url)
     accelerator.end_training()
     return result
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -197,6 +197,23 @@ def test_metrics_against_numpy(script):
     assert 0 < metrics["recall"] < metrics["precision"] < 1
 
 
+class Mac(torch.Tensor):
+    """Stands for a tensor on MPS, which has no float64."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_metrics_on_a_mac(script):
+    real, fake = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
+    assert script.compare(real.as_subclass(Mac), fake.as_subclass(Mac)) == script.compare(real, fake)
+
+
 def test_classes_are_drawn_as_the_real_images_have_them(script):
     labels = torch.tensor([2, 0, 0, 1, 0, 1])
     assert script.spread(labels, 12) == [0] * 6 + [1] * 4 + [2] * 2
@@ -246,6 +263,11 @@ def test_an_adapter_without_names_is_not_mapped_by_the_bases(script, workdir):
     [
         (["--background", "sky"], "background is 'sky', which is no colour"),
         (["--num_images", "3"], "--num_images is 3.*4 images or more"),
+        pytest.param(
+            ["--mixed_precision", "fp16"],
+            "fp16 needs a GPU, and this is a CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes it"),
+        ),
         (["--max_train_samples", "3"], "3 real images.*4 or more"),
         (["--features", "inceptoin"], "'inceptoin'.*module:callable"),
         (["--features", "no_such_module:means"], "no_such_module"),

@@ -31,7 +31,8 @@ from peft import PeftModel, get_peft_model
 from PIL import ImageChops, ImageStat
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
-from difffit_peft.hub import push_adapter
+from difffit_peft.hub import check_push, push_adapter
+from difffit_peft.training.scripts import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOKEN = os.environ["HF_TOKEN"]
@@ -357,7 +358,7 @@ def test_a_pickle_on_the_hub_is_refused(api, trained, tmp_path):
         pipe.load_difffit_weights("me/pickle", cache_dir=tmp_path)
 
 
-def test_examples(trained, tmp_path, monkeypatch):
+def test_examples(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     import generate
     import push_to_hub
@@ -385,6 +386,17 @@ def test_examples(trained, tmp_path, monkeypatch):
         generate.main(generate.parse_args([*own, "--adapters", "me/fox"]))
     with pytest.raises(ValueError, match="1 --adapter_weights for 0 --adapters"):
         generate.main(generate.parse_args([*own, "--adapter_weights", "0.5"]))
+    with pytest.raises(ValueError, match="5000"):
+        generate.main(generate.parse_args([*own, "--labels", "5000"]))
+    for number in ("--num_images", "--num_inference_steps"):
+        with pytest.raises(SystemExit):
+            generate.parse_args([*own, number, "0"])
+        assert f"argument {number}: '0' is not a whole number from 1 up" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(ValueError, match="fp16 needs a GPU, and this is a CPU"):
+            generate.main(generate.parse_args([*own, "--mixed_precision", "fp16"]))
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # The card says nothing but what it is told
@@ -534,6 +546,96 @@ def test_an_upload_that_is_not_allowed(trained):
         trained.push_difffit_to_hub("me/fox/../../x")
     with pytest.raises(ValueError, match="no adapter 'owl'"):
         trained.push_difffit_to_hub("me/fox", "owl")
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "message"),
+    [
+        ("me/fox cub", TOKEN, "alphanumeric.*'me/fox cub'"),
+        ("you/fox", TOKEN, "you/fox belongs to you, and the token is of me, who may write to repositories of me alone"),
+        ("me/fox", HUB.add_user("me", write=False), "The token of me may only read.*/settings/tokens"),
+        ("me/fox", "hf_nobody", "Invalid user token"),
+        ("me/fox", "", "no token found"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_before_anything_is_computed(
+    trained, tmp_path, monkeypatch, repo_id, token, message
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import push_to_hub
+    import train_difffit
+
+    monkeypatch.setenv("HF_TOKEN", token)
+    HUB.requests.clear()
+    nothing = str(tmp_path / "nothing")
+    push = push_to_hub.parse_args(["--adapter", nothing, "--repo_id", repo_id])
+    train = ["--pretrained_model_name_or_path", nothing, "--train_data_dir", nothing, "--output_dir", nothing]
+    train = train_difffit.parse_args([*train, "--push_to_hub", "--hub_model_id", repo_id, "--mixed_precision", "no"])
+    for main in (lambda: push_to_hub.main(push), lambda: train_difffit.main(train)):
+        with pytest.raises((ValueError, OSError), match=message):
+            main()
+    assert {request.path for request in HUB.requests} <= {"/api/whoami-v2"}
+    assert not Path(nothing).exists()
+
+
+def test_a_pull_request_to_a_repository_of_others(trained):
+    you = HfApi(token=HUB.add_user("you"))
+    you.create_repo("you/shared")
+    check_push("you/shared", create_pr=True)
+    check_push("fox")
+    check_push("Me/fox")  # the Hub takes no notice of capitals
+    with pytest.raises(RepositoryNotFoundError):
+        check_push("you/absent", create_pr=True)
+
+
+def test_a_hub_that_is_not_there_is_one_line(tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / "push_to_hub.py"), "--adapter", str(tmp_path), "--repo_id", "me/fox"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert (process.returncode, process.stdout) == (1, "")
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("push_to_hub.py: error: The Hub at http://127.0.0.1:9 cannot be reached: ")
+    assert line.endswith("(--debug shows where.)")
+
+
+def test_what_the_hub_refuses_is_one_line(trained, tmp_path, monkeypatch, capsys):
+    """Also where Diffusers or another library in between raises an error of its own."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import generate
+
+    def run(main, *flags: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            run_script(main, lambda: generate.parse_args(["--pretrained_model_name_or_path", "me/fox", *flags]))
+        assert error.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    HUB.fail("GET", "/me/base/", times=1000, status=403)
+    assert "403" in run(lambda args: DiTPipeline.from_pretrained("me/base", cache_dir=tmp_path))
+    HUB.recover()
+    assert "404" in run(lambda args: DiTPipeline.from_pretrained("me/absent", cache_dir=tmp_path))
+    assert "'me/ab sent'" in run(lambda args: HfApi().model_info("me/ab sent"))
+    with pytest.raises(RepositoryNotFoundError):
+        debug = generate.parse_args(["--pretrained_model_name_or_path", "me/fox", "--debug"])
+        run_script(lambda args: HfApi().model_info("me/absent"), lambda: debug)
+
+
+def test_a_trained_adapter_is_whole_when_its_upload_fails(api, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import train_difffit
+
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / name / "0.png")
+    argv = ["--pretrained_model_name_or_path", "me/base", "--train_data_dir", str(tmp_path / "images")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "1"]
+    argv += ["--train_batch_size", "2", "--num_validation_images", "0", "--mixed_precision", "no"]
+    argv += ["--report_to", "none", "--push_to_hub", "--hub_model_id", "me/whole"]
+    HUB.fail("POST", "/commit/", times=1000, status=500)
+    with pytest.raises(HfHubHTTPError, match="500"):
+        train_difffit.main(train_difffit.parse_args(argv))
+    for name in ("adapter_model.safetensors", "loss.png", "summary.json"):
+        assert (tmp_path / "out" / name).is_file()
 
 
 def test_the_token_appears_nowhere(trained, tmp_path, caplog, capfd):

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import make_dit
 from diffusers import DDPMScheduler
+from peft import get_peft_model
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from difffit_peft import DiffFitConfig
 from difffit_peft.training.losses import diffusion_loss, vlb_loss
 
 STEPS = 20
@@ -163,3 +169,31 @@ def test_refuses_other_prediction_types():
     x_0 = torch.zeros(SHAPE)
     with pytest.raises(ValueError, match="'sample' cannot be trained: use 'epsilon' or 'v_prediction'"):
         diffusion_loss(x_0, x_0, x_0, tensor(TIMESTEPS), scheduler("sample"))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on the meta device, as MPS does on a Mac."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.float64:
+                raise TypeError(f"{func}: Cannot convert a MPS Tensor to float64 dtype")
+        return output
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_step_needs_no_float64_on_the_device(prediction_type):
+    """Model, loss and gradients, on a device that stands for a Mac's; float64 on the CPU is there."""
+    model = get_peft_model(make_dit(num_layers=2), DiffFitConfig(r=1)).train()
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    with FakeTensorMode(allow_non_fake_inputs=True), NoFloat64():
+        model.to("meta")
+        x_0, noise = torch.randn(2, 2, 4, 8, 8, device="meta")
+        timesteps = torch.randint(1000, (2,), device="meta")
+        x_t = scheduler.add_noise(x_0, noise, timesteps)
+        output = model(x_t, timestep=timesteps, class_labels=torch.zeros_like(timesteps)).sample
+        loss = diffusion_loss(output, x_0, noise, timesteps, scheduler, snr_gamma=5.0)
+        loss.mean().backward()
+    assert loss.is_meta and loss.dtype == torch.float32
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

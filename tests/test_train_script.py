@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate.tracking
 import numpy as np
 import PIL.Image
 import pytest
@@ -28,6 +30,7 @@ from difffit_peft.training.pictures import sample_grid
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_difffit.py"
 CLASSES = ["ant", "bee", "cow"]
 STEPS = 4
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes it")
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +240,7 @@ def test_the_home_folder(script, workdir, monkeypatch):
 
 
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
-    flags = ["--max_train_steps", "10", "--checkpointing_steps", "1", "--num_validation_images", "0"]
+    flags = ["--max_train_steps", "30", "--checkpointing_steps", "1", "--num_validation_images", "0"]
     whole = run(script, workdir, "whole", *flags)
     command = [sys.executable, str(SCRIPT), *arguments(workdir, "killed"), *flags]
     output = workdir / "killed"
@@ -255,11 +258,10 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
         process.send_signal(number)
         return process.wait(timeout=60)
 
-    assert interrupted(signal.SIGTERM, lambda: len(checkpoints(output)) >= 1) == 0
+    assert interrupted(signal.SIGINT, lambda: len(checkpoints(output)) >= 1) == 130  # so `train && evaluate` ends
     after = int(checkpoints(output)[-1].name.split("-")[1])
-    assert 1 <= after < 10
-    writing = output / f"partial-checkpoint-{after + 1}"
-    assert interrupted(signal.SIGKILL, writing.exists) == -signal.SIGKILL
+    assert 1 <= after < 30
+    assert interrupted(signal.SIGKILL, lambda: any(output.glob("partial-checkpoint-*"))) == -signal.SIGKILL
     result = run(script, workdir, "killed", *flags, "--resume_from_checkpoint", "latest")
     adapters = [(r.output_dir / "adapter_model.safetensors").read_bytes() for r in (whole, result)]
     assert adapters[0] == adapters[1]
@@ -344,6 +346,49 @@ def test_a_folder_with_another_runs_checkpoints_is_not_written_to(script, workdi
     assert [path.name for path in checkpoints(workdir / "other")] == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_a_folder_that_was_moved_is_resumed(script, workdir, monkeypatch):
+    """Also from another working directory, and after pictures went."""
+    flags = ("--checkpointing_steps", "1", "--validation_steps", "1", "--num_validation_images", "1")
+    run(script, workdir, "before", *flags, "--max_train_steps", "2")
+    (workdir / "before").rename(workdir / "after")
+    monkeypatch.chdir(workdir)
+    go_on = (*flags, "--resume_from_checkpoint", "latest")
+    result = run(script, Path("."), "after", *go_on)
+    assert result.grids == [Path("after/validation") / f"step-00000{step}.png" for step in range(5)]
+    assert json.loads((workdir / "after" / "summary.json").read_text())["steps"] == STEPS
+    assert PIL.Image.open(workdir / "after" / "validation.png").size == (3 * 16, 5 * 16)
+    for step in (0, 4):
+        (workdir / "after" / "validation" / f"step-00000{step}.png").unlink()
+    assert [path.name[-5] for path in run(script, workdir, "after", *go_on).grids] == ["1", "2", "3"]
+    (workdir / "elsewhere").mkdir()
+    from_there = str(workdir / "after" / "checkpoint-4")
+    assert run(script, workdir, "elsewhere", *flags, "--resume_from_checkpoint", from_there).grids == []
+
+
+def test_ctrl_c_in_the_first_validation(workdir):
+    """It shows that it goes on, says that it heard the first Ctrl-C, and ends at a second."""
+    command = [sys.executable, str(SCRIPT), *arguments(workdir, "twice"), "--num_inference_steps", "1000"]
+    command += ["--validation_labels", *["ant"] * 1000]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = b""
+
+    def read_until(done) -> None:
+        nonlocal said
+        while not done():
+            assert (read := os.read(process.stderr.fileno(), 1000)), said
+            said += read
+
+    read_until(lambda: b"Validation pictures" in said)
+    process.send_signal(signal.SIGINT)
+    read_until(lambda: b"Stopping after this step" in said)
+    heard = time.monotonic()
+    read_until(lambda: time.monotonic() > heard + 1.1)  # sooner it would be taken for the first one, passed on
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert (said + process.stderr.read()).endswith(b"Stopped.\n")
+    assert not (workdir / "twice").exists()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     state, settings = {"parameters": [torch.arange(5.0)]}, {"seed": 0}
     path = save_checkpoint(tmp_path, 1, state, settings)
@@ -356,6 +401,40 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert torch.equal(load_checkpoint(path, settings)["parameters"][0], torch.arange(5.0))
+
+
+# Other systems, packages that are missing
+
+
+def test_peak_memory_on_other_systems(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # stands for Windows, also while the script is imported
+    spec = importlib.util.spec_from_file_location("train_difffit", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(script.psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=12_345))
+    assert script.peak_memory(cpu) == 12_345
+    monkeypatch.undo()
+    linux = script.peak_memory(cpu)
+    assert linux > 100 * 2**20
+    monkeypatch.setattr(sys, "platform", "darwin")
+    usage = SimpleNamespace(ru_maxrss=linux)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    assert script.peak_memory(cpu) == linux
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused(script, workdir, monkeypatch, tracker):
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    with pytest.raises(ValueError, match=f"--report_to {tracker} needs {tracker}, which is not installed: pip install"):
+        run(script, workdir, "untracked", "--report_to", tracker)
+    assert not (workdir / "untracked").exists()
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_first(script, workdir, monkeypatch):
+    monkeypatch.setattr(script, "is_bnb_available", lambda: False)
+    with pytest.raises(ValueError, match="--optimizer adamw_8bit needs bitsandbytes, which is not installed"):
+        run(script, workdir, "no_8bit", "--optimizer", "adamw_8bit", base="not there")
 
 
 # Several processes, another resolution, what is shown
@@ -435,6 +514,7 @@ def test_what_a_run_leaves_to_see(script, workdir):
         (["--resolution", "30"], "--resolution is 30.*multiples of 4: 28 or 32"),
         (["--num_held_out_images", "12"], "--num_held_out_images is 12: it must be 0 to 11"),
         (["--validation_labels", "beee"], "'beee' is not a class.*Did you mean 'bee'"),
+        pytest.param(["--mixed_precision", "fp16"], "fp16 needs a GPU, and this is a CPU", marks=CPU),
         (["--label_column", "class"], "label_column is 'class'.*'image', 'label'"),
         (["--dataset_name", "also/given"], "exactly one"),
     ],

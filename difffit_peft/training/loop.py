@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from .data import sample_latents
 from .draws import Draws, draw
@@ -144,7 +145,9 @@ class TrainingLoop:
         training, device = model.training, self.accelerator.device
         model.eval()
         losses = []
-        for batch, (mean, std, labels) in enumerate(DataLoader(dataset, batch_size)):
+        hidden = not self.accelerator.is_local_main_process
+        batches = tqdm(DataLoader(dataset, batch_size), desc="Validation loss", leave=False, disable=hidden)
+        for batch, (mean, std, labels) in enumerate(batches):
             draws = draw(self.seed, batch, mean.shape, self.noise_scheduler.config.num_train_timesteps, device=device)
             losses.append(self._losses(model, draws, mean.to(device), std.to(device), labels.to(device)))
         model.train(training)

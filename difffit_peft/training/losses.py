@@ -77,14 +77,14 @@ def vlb_loss(
     integrated over bins of 1/127.5. `variance` is the model's v in [-1, 1], which interpolates between the logarithms
     of the posterior variance and of beta_t.
     """
-    betas = scheduler.betas.double().to(x_0.device)
-    alphas_cumprod = scheduler.alphas_cumprod.double().to(x_0.device)
+    betas = scheduler.betas.cpu().double()  # not all devices have float64
+    alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
     posterior_variance[0] = posterior_variance[1]  # it is 0 at t = 0; the published code takes the next one
 
     def at(table: Tensor) -> Tensor:
-        return table[timesteps].float().view(-1, 1, 1, 1)
+        return table.float().to(x_0.device)[timesteps].view(-1, 1, 1, 1)
 
     if scheduler.config.prediction_type == "epsilon":
         predicted_x_0 = at(alphas_cumprod.rsqrt()) * x_t - at((1 / alphas_cumprod - 1).sqrt()) * prediction

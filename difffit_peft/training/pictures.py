@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import PIL.Image
@@ -10,7 +11,9 @@ import PIL.ImageFont
 import torch
 from diffusers import DiTPipeline
 from diffusers.utils import make_image_grid
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
 from ..files import write
 
@@ -27,7 +30,17 @@ def sample_grid(
     """One row of `num_images` samples per class, from the seeds `seed`, `seed` + 1, ..., the same in each row.
 
     The random state and the mode of the transformer are as they were afterwards.
+
+    Raises:
+        ValueError: for no pictures, or a class that the model's class table does not hold.
     """
+    null_class = pipe.transformer.config.num_embeds_ada_norm
+    wrong = [label for label in classes if not 0 <= label <= null_class]
+    if wrong or not classes or num_images < 1:
+        raise ValueError(
+            f"Classes {wrong or classes} with {num_images} pictures each cannot be sampled: give classes from 0 to "
+            f"{null_class - 1}, and at least one picture."
+        )
     transformer = pipe.transformer
     training, device = transformer.training, transformer.device
     transformer.eval()
@@ -46,16 +59,42 @@ def sample_grid(
 
 
 def label_rows(grid: PIL.Image.Image, names: list[str]) -> PIL.Image.Image:
-    """The grid with a name to the left of each of its rows."""
+    """The grid with a name to the left of each of its rows; what no installed font can draw stands there in words."""
     side = grid.height // len(names)
-    font = PIL.ImageFont.load_default(max(10, side // 8))
-    margin = round(max(font.getlength(name) for name in names)) + side // 4
+    captions = [_drawable(name) for name in names]
+    fonts = [PIL.ImageFont.truetype(path, max(10, side // 8)) for _, path in captions]
+    margin = round(max(font.getlength(text) for (text, _), font in zip(captions, fonts, strict=True))) + side // 4
     labelled = PIL.Image.new("RGB", (margin + grid.width, grid.height), "white")
     labelled.paste(grid, (margin, 0))
     draw = PIL.ImageDraw.Draw(labelled)
-    for row, name in enumerate(names):
-        draw.text((margin - side // 8, (row + 0.5) * side), name, fill="black", anchor="rm", font=font)
+    for row, ((text, _), font) in enumerate(zip(captions, fonts, strict=True)):
+        draw.text((margin - side // 8, (row + 0.5) * side), text, fill="black", anchor="rm", font=font)
     return labelled
+
+
+def _drawable(name: str) -> tuple[str, str]:
+    """A name in one line, and the file of a font that has all its characters.
+
+    Where no font has them all, a symbol becomes its name in Unicode and any other character its code.
+    """
+    name = " ".join(name.split())
+    default = font_manager.findfont("DejaVu Sans")  # matplotlib brings it
+    installed = sorted(
+        (font.name, font.fname)
+        for font in font_manager.fontManager.ttflist
+        if font.style == "normal" and font.weight == 400 and "Last Resort" not in font.name and "Color" not in font.name
+    )
+    for path in (default, *(path for _, path in installed)):
+        if {ord(c) for c in name} <= FT2Font(path).get_charmap().keys():
+            return name, path
+    known = FT2Font(default).get_charmap()
+    words = [c if ord(c) in known else f" {_in_words(c)} " for c in name if unicodedata.category(c) not in ("Cf", "Mn")]
+    return " ".join("".join(words).split()), default
+
+
+def _in_words(character: str) -> str:
+    code = f"U+{ord(character):04X}"
+    return unicodedata.name(character, code).lower() if unicodedata.category(character) == "So" else code
 
 
 def grid_over_time(grids: list[Path], rows: int) -> PIL.Image.Image:

@@ -19,13 +19,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
+from difffit_peft.training.scripts import positive_int, run_script
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from peft import PeftModel
 from render import BASE, DOMAINS
 from torch import Tensor
-
-from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--domain", choices=list(DOMAINS), default="near")
-    parser.add_argument("--max_train_steps", type=int, default=500)
+    parser.add_argument("--max_train_steps", type=positive_int, default=500)
     parser.add_argument("--learning_rate", type=float, default=8e-3)
     parser.add_argument("--guidance_scale", type=float, default=1.5)
-    parser.add_argument("--num_inference_steps", type=int, default=15)
+    parser.add_argument("--num_inference_steps", type=positive_int, default=15)
     args = parser.parse_args()
 
     adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
@@ -151,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

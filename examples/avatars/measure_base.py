@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 
 import torch
+from difffit_peft.files import write
+from difffit_peft.training.scripts import run_script
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure
 from render import BASE, CACHE, DOMAINS
 from tqdm import tqdm
-
-from difffit_peft.files import write
 
 HERE = Path(__file__).resolve().parent
 
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -168,7 +168,7 @@ def bundle(domain: str, cache_dir: Path) -> None:
     path = HERE / "data" / domain / "train.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path.with_suffix(".partial"))
-    path.with_suffix(".partial").rename(path)
+    path.with_suffix(".partial").replace(path)
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
+from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.scripts import run_script
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -28,8 +30,6 @@ from render import BASE, CACHE, pictures
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-
-from difffit_peft.training.losses import diffusion_loss
 
 HERE = Path(__file__).resolve().parent
 NULL_CLASS = 1000
@@ -45,7 +45,7 @@ def to_float(pixels: np.ndarray) -> Tensor:
 def save(state: dict | Tensor, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    partial.rename(path)
+    partial.replace(path)
 
 
 def new_vae() -> AutoencoderKL:
@@ -312,4 +312,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from difffit_peft.files import write
+from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.loop import Diverged, TrainingLoop
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -25,10 +28,6 @@ from methods import trained
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
-
-from difffit_peft.files import write
-from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
-from difffit_peft.training.loop import Diverged, TrainingLoop
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))

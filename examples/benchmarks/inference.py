@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft.training.scripts import run_script
 from diffusers import AutoencoderKL, DDIMScheduler
 from matplotlib.figure import Figure
 from methods import DIFFFIT, LAYERS, dit_xl_2
@@ -30,8 +32,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from report import output_dir, parser, publish, spread, table, target
 from torch import nn
 from tqdm import tqdm
-
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 
 BATCH, MIXED_BATCH, MIXED_BLOCKS, NUM_CLASSES = 4, 32, 2, 101
 
@@ -182,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

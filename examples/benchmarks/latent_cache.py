@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiTPipeline
-from peft import get_peft_model
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
 from difffit_peft import DiffFitConfig
 from difffit_peft.training.data import encode_latents, load_labelled_images, sample_latents, to_pixels
 from difffit_peft.training.draws import draw
 from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.scripts import run_script
+from diffusers import DDPMScheduler, DiTPipeline
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 EMOJI = Path(__file__).resolve().parents[1] / "emoji"
 
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,11 +31,10 @@ import copy
 from typing import Any
 
 import torch
+from difffit_peft import DiffFitConfig, conditioning
 from diffusers import DiTTransformer2DModel
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
-
-from difffit_peft import DiffFitConfig, conditioning
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 

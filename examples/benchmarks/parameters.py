@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from difffit_peft.training.scripts import run_script
 from matplotlib.figure import Figure
 from methods import METHODS, adapt, dit_xl_2, trained
 from report import output_dir, parser, publish, table, target
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

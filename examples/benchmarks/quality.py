@@ -15,14 +15,14 @@ from pathlib import Path
 
 import adaptation
 import methods
+from difffit_peft import DiffFitConfig, conditioning
+from difffit_peft.training.scripts import run_script
 from diffusers import DiTTransformer2DModel
 from judge import Judge
 from peft import LoraConfig, get_peft_model
 from report import publish, table, target
 from study import MEASURES, Form, Rows, Study, cells, center, comparison_table, execute, plot, seeds, stored
 from torch import nn
-
-from difffit_peft import DiffFitConfig, conditioning
 
 ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
@@ -179,4 +179,4 @@ def report(study: Study, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute(__doc__, LONG, SHORT, attach, report)
+    run_script(lambda: execute(__doc__, LONG, SHORT, attach, report))

@@ -34,10 +34,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import psutil
 import torch
-from matplotlib.figure import Figure
-
 from difffit_peft.files import write
+from difffit_peft.training.scripts import run_script
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 _BOUNDS = {"≤": operator.le, "≥": operator.ge}
@@ -67,13 +68,12 @@ def machine() -> dict[str, Any]:
     """Processor, cores, threads, memory, versions and date, as they are now."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(memory / 1e9, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "peft", "diffusers", "difffit_peft")},
         "date": date.today().isoformat(),
@@ -142,7 +142,7 @@ def publish(
     """
     record = {"name": name, "machine": machine(), "targets": list(targets), "results": results}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write(folder / f"{name}.json", lambda partial: partial.write_text(text))
+    write(folder / f"{name}.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     parts = [f"## {title}", header(), markdown.strip()]
     if figure is not None:
         write(folder / f"{name}.png", lambda partial: figure.savefig(partial, dpi=130, format="png"))
@@ -160,7 +160,7 @@ def write_section(page: Path, name: str, markdown: str) -> None:
     Raises:
         ValueError: if the page has one of the markers alone, or one of them twice. It is then as it was.
     """
-    text = page.read_text() if page.exists() else ""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{opening}\n{markdown.strip()}\n{closing}"
     found = re.findall(f"{re.escape(opening)}|{re.escape(closing)}", text)
@@ -171,7 +171,7 @@ def write_section(page: Path, name: str, markdown: str) -> None:
         text = before + section + rest.split(closing)[1]
     else:
         raise ValueError(f"{page} has the markers {found}: it must have {opening} and after it {closing}, once each.")
-    write(page, lambda partial: partial.write_text(text))
+    write(page, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def targets_table(targets: Iterable[dict[str, Any]]) -> str:
@@ -187,7 +187,8 @@ def targets_table(targets: Iterable[dict[str, Any]]) -> str:
 def main() -> None:
     args = parser(__doc__).parse_args()
     folder = output_dir(args)
-    targets = [t for path in sorted(folder.glob("*.json")) for t in json.loads(path.read_text())["targets"]]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    targets = [t for record in records for t in record["targets"]]
     if not targets:
         raise SystemExit(f"{folder} has no results yet: run the benchmarks first.")
     count = sum(t["met"] is True for t in targets)
@@ -197,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

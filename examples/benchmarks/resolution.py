@@ -15,15 +15,15 @@ from pathlib import Path
 
 import adaptation
 import methods
+from difffit_peft import DiffFitConfig
+from difffit_peft.resolution import set_sample_size
+from difffit_peft.training.scripts import run_script
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from peft import get_peft_model
 from report import publish, target
 from study import Form, Study, center, comparison_table, execute, plot, seeds, stored
 from torch import nn
-
-from difffit_peft import DiffFitConfig
-from difffit_peft.resolution import set_sample_size
 
 SAMPLE_SIZE = 32
 NOT_RESCALED = ", positions not rescaled"
@@ -113,4 +113,4 @@ def report(study: Study, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute(__doc__, LONG, SHORT, attach, report)
+    run_script(lambda: execute(__doc__, LONG, SHORT, attach, report))

@@ -12,6 +12,12 @@ import json
 import tempfile
 
 import torch
+from difffit_peft import DiffFitConfig
+from difffit_peft.files import write
+from difffit_peft.training.data import encode_latents, load_labelled_images, sample_latents
+from difffit_peft.training.draws import draw
+from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.scripts import run_script
 from diffusers import DDPMScheduler, DiTPipeline
 from matplotlib.figure import Figure
 from methods import LAYERS
@@ -19,12 +25,6 @@ from peft import LoraConfig, get_peft_model
 from report import ROOT, header, machine, output_dir, parser, table, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from difffit_peft import DiffFitConfig
-from difffit_peft.files import write
-from difffit_peft.training.data import encode_latents, load_labelled_images, sample_latents
-from difffit_peft.training.draws import draw
-from difffit_peft.training.losses import diffusion_loss
 
 EMOJI = ROOT / "examples/emoji"
 NAME = "scale_factors"
@@ -177,12 +177,11 @@ rates the one with the lowest loss in the end.
     write(folder / f"{NAME}.png", lambda path: figure.savefig(path, dpi=130, format="png"))
     results = {"gradient": found, "update": updated, "losses": losses, "best": best, "parameters": parameters}
     record = {"name": NAME, "machine": machine(), "targets": [], "results": results}
-    write(
-        folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    )
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write(folder / f"{NAME}.json", lambda path: path.write_text(text, encoding="utf-8"))
     write_section(folder.with_name("method.md"), NAME, section)
     print(section)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.scripts import run_script
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
 from methods import METHODS, adapt, dit_xl_2, hold_frozen_in, trained
 from report import output_dir, parser, publish, spread, table, target
 from tqdm import tqdm
-
-from difffit_peft.training.losses import diffusion_loss
 
 PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -314,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -93,7 +93,7 @@ def write(dataset: Dataset, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     dataset.to_parquet(partial)
-    partial.rename(path)
+    partial.replace(path)
     print(f"{path}: {len(dataset)} images, {path.stat().st_size:,} bytes")
 
 

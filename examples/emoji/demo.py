@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
+from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
+from difffit_peft.training.scripts import positive_int, run_script
 from diffusers import DiTPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
-
-from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -140,10 +140,10 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--max_train_steps", type=int, default=600)
+    parser.add_argument("--max_train_steps", type=positive_int, default=600)
     parser.add_argument("--learning_rate", type=float, default=8e-3)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--num_inference_steps", type=positive_int, default=25)
     args = parser.parse_args()
 
     base, data, adapter = HERE / "base", HERE / "data", args.output_dir / "adapter"
@@ -207,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

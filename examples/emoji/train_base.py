@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
+from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.scripts import run_script
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -23,8 +25,6 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-
-from difffit_peft.training.losses import diffusion_loss
 
 HERE = Path(__file__).resolve().parent
 NULL_CLASS = 1000
@@ -44,7 +44,7 @@ def to_float(pixels: Tensor) -> Tensor:
 def save(state: dict, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    partial.rename(path)
+    partial.replace(path)
 
 
 def train_vae(pixels: Tensor, args: argparse.Namespace) -> AutoencoderKL:
@@ -255,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
