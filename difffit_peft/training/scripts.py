@@ -117,7 +117,8 @@ def _refusal(error: BaseException) -> str | None:
     while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
         chain.append(cause)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    own = Path(sys.argv[0]).resolve() == Path(last.filename) or Path(__file__).parents[1] in Path(last.filename).parents
+    raised_in = Path(last.filename).resolve()
+    own = raised_in == Path(sys.argv[0]).resolve() or Path(__file__).resolve().parents[1] in raised_in.parents
     behind = next((link for link in chain if isinstance(link, _HUB_ERRORS)), None)
     if behind is None:
         return _in_a_line(error) if own and (last.line or "").startswith("raise") else None
