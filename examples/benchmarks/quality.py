@@ -159,10 +159,10 @@ def report(study: Study, folder: Path) -> None:
         "counted on a machine that may have been busy: for times see the section on training speed. BitFit and "
         "DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them alone."
     ]
-    parts += [f"### {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
+    parts += [f"## {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
     if ablation := ablation_table(study, rows):
         parts.append(
-            f"### Ablation\n\nSeed {form.seeds[0]}. DiffFit has γ as published, in blocks 0-3; with r there is no γ."
+            f"## Ablation\n\nSeed {form.seeds[0]}. DiffFit has γ as published, in blocks 0-3; with r there is no γ."
             f"\n\n{ablation}"
         )
     results = {

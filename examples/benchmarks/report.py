@@ -6,14 +6,14 @@ A benchmark calls `parser` for its arguments and `publish` with its results. `pu
 
 - `<name>.json`: `{"name", "machine": {...}, "targets": [...], "results": {...}}`, the figures in full,
 - `<name>.png`: the plot,
+- `<name>.md`: title, machine, tables and plot, between two markers, in the place of what it wrote there before. What
+  stands on the page outside of the markers is written by hand and left as it is.
 
-and, on the page beside that folder, the section `<name>`: title, machine, tables and plot, in the place of what it
-wrote there before. The folder is `docs/results` and so the page `docs/results.md`; with `--short` they are
-`runs/benchmarks` and `runs/benchmarks.md`, so that a short form never overwrites the figures of a long one. What stands
-on the page outside of a section's two markers is written by hand and left as it is.
+The folder is `docs/results`; with `--short` it is `runs/benchmarks`, so that a short form never overwrites the figures
+of a long one.
 
-This script reads all JSON files in the folder and writes the section `targets`: which are met and which not. It ends
-with status 0 in either case.
+This script reads all JSON files in the folder and writes, on the page beside it (`docs/results.md`), the section
+`targets`: which are met and which not. It ends with status 0 in either case.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--output_dir",
         type=Path,
-        help="for JSON and plots; tables go to the page beside it, OUTPUT_DIR.md (default: docs/results, or "
-        "runs/benchmarks with --short)",
+        help="for JSON, plots and tables; the targets go to the page beside it, OUTPUT_DIR.md (default: docs/results, "
+        "or runs/benchmarks with --short)",
     )
     return result
 
@@ -134,8 +134,8 @@ def publish(
 
     Args:
         folder: what `output_dir` gave.
-        name: of the files and of the section.
-        title: heading of the section, without its marks.
+        name: of the files.
+        title: heading of the page, without its mark.
         markdown: tables and the sentences that say what they measure; machine and plot are added here.
         results: anything JSON takes, the raw measurements among it.
         targets: rows that `target` made.
@@ -143,12 +143,12 @@ def publish(
     record = {"name": name, "machine": machine(), "targets": list(targets), "results": results}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write(folder / f"{name}.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-    parts = [f"## {title}", header(), markdown.strip()]
+    parts = [f"# {title}", header(), markdown.strip()]
     if figure is not None:
         write(folder / f"{name}.png", lambda partial: figure.savefig(partial, dpi=130, format="png"))
-        parts.append(f"![{title}]({folder.name}/{name}.png)")
+        parts.append(f"![{title}]({name}.png)")
     section = "\n\n".join(parts)
-    write_section(folder.with_name(f"{folder.name}.md"), name, section)
+    write_section(folder / f"{name}.md", name, section)
     print(f"\n{section}\n")
     if targets:
         print(targets_table(targets))
