@@ -2,7 +2,7 @@
 
     python examples/benchmarks/scale_factors.py [--short]
 
-`docs/method.md` has the argument and, in its section `scale_factors`, what this measures. The base is the bundled one,
+`docs/method.md` has the argument, `docs/results/scale_factors.md` what this measures. The base is the bundled one,
 which draws Noto emoji; the new domain is Twemoji. All that is compared works on the same layers: the six linear ones of
 attention and feed-forward, in every block. With the same number of threads, the figures are the same in every run.
 """
@@ -146,7 +146,9 @@ def main() -> None:
             for trained, rate in best.items()
         ),
     )
-    section = f"""{header()}
+    section = f"""# Why scale factors adapt fast
+
+{header()}
 
 Where the squares of the gradient of W on {count} training images lie: along the row of W itself, along another row of
 it, along a random direction; and for comparison the change of W after {points[-1]} steps of AdamW on W and b.
@@ -158,7 +160,7 @@ rates the one with the lowest loss in the end.
 
 {fast}
 
-![Shares of the gradient, and loss over steps]({folder.name}/{NAME}.png)"""
+![Shares of the gradient, and loss over steps]({NAME}.png)"""
 
     figure = Figure((10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -179,7 +181,7 @@ rates the one with the lowest loss in the end.
     record = {"name": NAME, "machine": machine(), "targets": [], "results": results}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write(folder / f"{NAME}.json", lambda path: path.write_text(text, encoding="utf-8"))
-    write_section(folder.with_name("method.md"), NAME, section)
+    write_section(folder / f"{NAME}.md", NAME, section)
     print(section)
 
 
