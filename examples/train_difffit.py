@@ -37,10 +37,11 @@ from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 from difffit_peft.files import write
 from difffit_peft.hub import base_parameters, check_push, push_adapter, save_adapter
 from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
-from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.images import load_labelled_images
+from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
-from difffit_peft.training.pictures import grid_over_time, label_rows, plot_losses, sample_grid
 from difffit_peft.training.scripts import StopSignals, base_dtype, non_negative_int, positive_int, run_script
+from difffit_peft.training.visualize import grid_over_time, label_rows, plot_losses, sample_grid
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import cached_assets_path, create_repo

@@ -17,18 +17,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
-from difffit_peft.training.data import (
-    LabelledImages,
-    LatentDataset,
-    center_crop,
-    encode_latents,
-    load_labelled_images,
-    parse_colour,
-    sample_latents,
-    to_pixels,
-    to_rgb,
-)
-from difffit_peft.training.draws import draw
+from difffit_peft.config import parse_colour
+from difffit_peft.training.images import LabelledImages, center_crop, load_labelled_images, to_pixels, to_rgb
+from difffit_peft.training.latents import LatentDataset, encode_latents
+from difffit_peft.training.sampling import draw, sample_latents
 
 SIDE = 16
 

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.data import LatentDataset
+from difffit_peft.training.latents import LatentDataset
 from difffit_peft.training.loop import TrainingLoop
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from difffit_peft.training.pictures import sample_grid
+from difffit_peft.training.visualize import sample_grid
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_difffit.py"
 CLASSES = ["ant", "bee", "cow"]

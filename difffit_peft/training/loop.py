@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data import sample_latents
-from .draws import Draws, draw
 from .losses import diffusion_loss
+from .sampling import Draws, draw, sample_latents
 
 
 class Diverged(RuntimeError):

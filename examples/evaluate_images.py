@@ -1,6 +1,6 @@
 """Samples images from a DiT, with or without an adapter, and compares them with real ones: FID, KID, precision, recall.
 
-    accelerate launch examples/evaluate.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
+    accelerate launch examples/evaluate_images.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
         --adapter food101 --dataset_name ethz/food101 --split validation --output_dir food101/evaluation
 
 Writes `report.json` and a grid of samples, `samples.png`, to `--output_dir`. Classes are drawn as often as the real
@@ -29,7 +29,7 @@ from difffit_peft.class_names import classes_called
 from difffit_peft.config import parse_colour
 from difffit_peft.files import write
 from difffit_peft.hub import adapter_folder
-from difffit_peft.training.data import LabelledImages, load_labelled_images, to_pixels
+from difffit_peft.training.images import LabelledImages, load_labelled_images, to_pixels
 from difffit_peft.training.scripts import base_dtype, non_negative_int, positive_int, run_script
 from diffusers.utils import make_image_grid
 from peft import PeftConfig, PeftModel

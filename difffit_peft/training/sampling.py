@@ -59,3 +59,19 @@ def draw(
     )
     mine = slice(process * batch, (process + 1) * batch)
     return Draws(*(tensor[mine].to(device) for tensor in everyone))
+
+
+def sample_latents(mean: Tensor, std: Tensor, view: Tensor, noise: Tensor) -> Tensor:
+    """A latent for every sample of a batch: a draw from the posterior of one of its views.
+
+    Args:
+        mean: shape (batch, views, channels, height, width), as `LatentDataset` gives it.
+        std: the same.
+        view: shape (batch,), which view to take: `Draws.view`.
+        noise: shape (batch, channels, height, width), standard normal: `Draws.posterior`.
+
+    Returns:
+        float32 of shape (batch, channels, height, width).
+    """
+    rows = torch.arange(len(mean), device=mean.device)
+    return mean[rows, view].float() + std[rows, view].float() * noise
