@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -205,6 +205,7 @@ def encode_latents(
     background: str = "white",
     batch_size: int = 16,
     num_workers: int = 0,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> LatentDataset:
     """Means and standard deviations of the VAE's posterior for every image, times its scaling factor.
 
@@ -223,6 +224,8 @@ def encode_latents(
         background: colour under transparent pixels: a name that Pillow knows, or #rrggbb.
         batch_size: images encoded at once.
         num_workers: processes that read images.
+        check: is called with `about` before an image is encoded, to raise if that would be in vain. With
+            `skip_broken_images` it has nothing about the images, for nobody knows yet which will be left.
 
     Returns:
         `mean` and `std` in half precision, each of shape (views, N, channels, height, width), `labels` of shape (N,),
@@ -236,6 +239,9 @@ def encode_latents(
     settings = _latent_settings(vae, resolution, random_flip, background)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     hashes = _image_hashes(data.images, Path(cache_dir), num_workers)
+    if check is not None:
+        images = {} if skip_broken_images else _describe_images(hashes, data.labels, data.class_names)
+        check(settings | images)
     key = _latents_key(settings, hashes)
     folder = Path(cache_dir) / f"latents-{key}"
     views = 2 if random_flip else 1

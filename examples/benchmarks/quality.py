@@ -156,8 +156,9 @@ def report(study: Study, folder: Path) -> None:
         f"{form.num_images} samples, guidance {example.guidance_scale:g}, to the held-out images, by "
         f"{FeatureNetwork.num_features} features of a classifier of emoji (`features.py`), real images having been "
         "through the VAE. Distances of so few images compare methods, and mean nothing beside published ones. CPU "
-        "seconds were counted on a machine that may have been busy: for times see the section on training speed. BitFit and "
-        "DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them alone."
+        "seconds were counted on a machine that may have been busy: for times see the section on training speed. "
+        "BitFit and DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them "
+        "alone."
     ]
     parts += [f"## {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
     if ablation := ablation_table(study, rows):
