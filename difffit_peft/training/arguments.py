@@ -62,17 +62,11 @@ def load_base(args: argparse.Namespace, accelerator: Accelerator) -> DiffFitDiTP
 
 def load_images(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitDiTPipeline) -> LabelledImages:
     """The images, in no more classes than the base holds. Prints how many there are of each."""
+    given = ("dataset_name", "train_data_dir", "dataset_config_name", "split", "image_column", "label_column")
     data = load_labelled_images(
-        args.dataset_name,
-        args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        split=args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
+        **{name: getattr(args, name) for name in (*given, "seed", "cache_dir")},
         max_classes=null_class(pipe.transformer),
         max_samples=args.max_train_samples,
-        seed=args.seed,
-        cache_dir=args.cache_dir,
     )
     accelerator.print(data.summary())
     return data

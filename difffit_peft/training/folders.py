@@ -50,8 +50,8 @@ def load_local(path: Path, split: str, cache_dir: str | None) -> Table:
         )
     if not divided and split != "train":
         raise ValueError(
-            f"split is {split!r}, but {nested} is no folder with classes or metadata in it. Without it, all of {path} "
-            "is the split 'train': leave split out, or give another folder."
+            f"split is {split!r}, but {nested} is not a folder with classes or metadata in it. Without it, all of "
+            f"{path} is the split 'train': leave split out, or give another folder."
         )
     if divided:
         left_out = [child.name for child in sorted(path.iterdir()) if child != nested and not _hidden(child)]

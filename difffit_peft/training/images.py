@@ -195,7 +195,7 @@ def to_rgb(image: PIL.Image.Image, background: str = "white") -> PIL.Image.Image
     """Any image as 8-bit RGB: turned as its EXIF says, 16 bits reduced to 8, transparency composited on `background`.
 
     Raises:
-        ValueError: if the pixels are floating point numbers, or `background` is no colour.
+        ValueError: if the pixels are floating point numbers, or `background` is not a colour.
     """
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F":

@@ -52,7 +52,7 @@ class _PixelDataset(Dataset):
         try:
             return to_pixels(Image().decode_example(value), self.resolution, self.background)
         except PIL.UnidentifiedImageError:
-            return "it is empty, or no image"
+            return "it is empty, or not an image"
         except Exception as error:  # Pillow raises a dozen types for broken files
             return str(error) or type(error).__name__
 
@@ -71,7 +71,7 @@ def _collate(items: list[Tensor | str]) -> tuple[Tensor | None, list[str | None]
 class LatentDataset(Dataset):
     """Triples of mean and std, each (views, channels, height, width) in half precision, and a class.
 
-    It draws nothing itself, so what a loop draws does not depend on how far its loader runs ahead: see `draws`.
+    It draws nothing itself, so what a loop draws does not depend on how far its loader runs ahead: see `sampling`.
     The tensors that `encode_latents` gives are mapped from disk and read-only. Worker processes map them again.
 
     Args:
@@ -132,7 +132,7 @@ class _HashDataset(Dataset):
         try:  # a path with :// leads into an archive that `datasets` downloaded
             with fsspec.open(value["path"]) if "://" in value["path"] else open(value["path"], "rb") as file:
                 return file.read()
-        except (OSError, ValueError):  # a ValueError: no name of a file
+        except (OSError, ValueError):  # a ValueError: not a valid name of a file
             return b""
 
 
@@ -159,25 +159,14 @@ def _image_hashes(images: Table, cache_dir: Path, num_workers: int) -> Tensor:
 
 
 def _latent_settings(vae: AutoencoderKL, resolution: int, random_flip: bool, background: str) -> dict[str, Any]:
-    """What shapes latents beside the images. Raises `ValueError` if `background` is no colour."""
+    """What shapes latents beside the images. Raises `ValueError` if `background` is not a colour."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     colour = list(parse_colour(background))
-    return {
-        "resolution": resolution,
-        "random_flip": random_flip,
-        "background": colour,
-        "vae": digest.hexdigest()[:32],
-    }
-
-
-def _latents_key(settings: dict[str, Any], hashes: Tensor) -> str:
-    images = hashlib.sha256(hashes.numpy().tobytes()).hexdigest()
-    what = json.dumps([_CACHE_FORMAT, settings, images], sort_keys=True)
-    return hashlib.sha256(what.encode()).hexdigest()[:32]
+    return {"resolution": resolution, "random_flip": random_flip, "background": colour, "vae": digest.hexdigest()[:32]}
 
 
 def _describe_images(hashes: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, Any]:
@@ -233,8 +222,8 @@ def encode_latents(
         out do not count in N.
 
     Raises:
-        ValueError: if `background` is no colour; naming the images that cannot be read, if there are any (with
-            `skip_broken_images`, if there are no others); or if the VAE gives latents that are not finite.
+        ValueError: if `background` is not a colour; if images cannot be read, naming them (with `skip_broken_images`,
+            if there are no others); or if the VAE gives latents that are not finite.
     """
     settings = _latent_settings(vae, resolution, random_flip, background)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -242,7 +231,8 @@ def encode_latents(
     if check is not None:
         images = {} if skip_broken_images else _describe_images(hashes, data.labels, data.class_names)
         check(settings | images)
-    key = _latents_key(settings, hashes)
+    what = json.dumps([_CACHE_FORMAT, settings, hashlib.sha256(hashes.numpy().tobytes()).hexdigest()], sort_keys=True)
+    key = hashlib.sha256(what.encode()).hexdigest()[:32]
     folder = Path(cache_dir) / f"latents-{key}"
     views = 2 if random_flip else 1
     pixels = _PixelDataset(data.images, resolution, background)
@@ -251,7 +241,8 @@ def encode_latents(
         if broken and not skip_broken_images:
             broken = pixels.broken(broken) or None  # they may have been repaired since
         if broken is None:
-            broken = _write(folder, vae, pixels, views, skip_broken_images, batch_size, num_workers)
+            loader = DataLoader(pixels, batch_size, num_workers=num_workers, collate_fn=_collate)
+            broken = _write(folder, vae, loader, views, skip_broken_images)
         else:
             _report(broken, data.images, skip_broken_images)
         mean, std = _map(folder)
@@ -285,23 +276,16 @@ def _report(broken: dict[int, str], images: Table, skip: bool) -> None:
 
 
 def _write(
-    folder: Path,
-    vae: AutoencoderKL,
-    pixels: _PixelDataset,
-    views: int,
-    skip_broken_images: bool,
-    batch_size: int,
-    num_workers: int,
+    folder: Path, vae: AutoencoderKL, loader: DataLoader, views: int, skip_broken_images: bool
 ) -> dict[int, str]:
     """Encodes what can be read to `folder`, which appears whole or not at all, and returns what cannot be read."""
-    loader = DataLoader(pixels, batch_size, num_workers=num_workers, collate_fn=_collate)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an encoder that was killed
     partial.mkdir()
     try:
         with open(partial / "latents.bin", "wb") as file:
             shape, broken = _encode(vae, loader, views, skip_broken_images, file)
-        _report(broken, pixels.images, skip_broken_images)
+        _report(broken, loader.dataset.images, skip_broken_images)
         (partial / "about.json").write_text(json.dumps({"shape": shape, "broken": list(broken.items())}))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
