@@ -298,7 +298,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace) -> Accelerator:
-    """The accelerator, once it is one that this script trains under."""
+    """The accelerator. Refuses those that this script does not train under."""
     accelerator = make_accelerator(
         args,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -323,7 +323,7 @@ def start(args: argparse.Namespace) -> Accelerator:
 
 
 def create_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
-    """The repository to push to. It is made now, rather than find in the end that it cannot be."""
+    """The repository to push to. It is made before the run, to learn now whether that is allowed."""
     if not (args.push_to_hub and accelerator.is_main_process):
         return None
     name = args.hub_model_id or args.output_dir.resolve().name
@@ -332,7 +332,7 @@ def create_repository(args: argparse.Namespace, accelerator: Accelerator) -> str
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> DiffFitDiTPipeline:
-    """The frozen base, where it is used."""
+    """The frozen base, on the device that uses it."""
     pipe = load_base(args, accelerator)
     if pipe.get_list_adapters():
         raise ValueError(
@@ -459,7 +459,7 @@ def describe(run: Run) -> str:
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names, if it names one, or there is one."""
+    """The checkpoint that `--resume_from_checkpoint` names; `None` if it names none, or there is no latest one."""
     if args.resume_from_checkpoint == "latest":
         return next(reversed(checkpoints(args.output_dir)), None)
     return Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
@@ -552,7 +552,7 @@ def train(run: Run) -> None:
 
 
 def grids_of(run: Run) -> list[Path]:
-    """The pictures of validations, as far as they are there."""
+    """The grids of validations that are still there."""
     # by their names, as checkpoints hold them: the folder may have moved since, or be another run's that had pictures
     return [path for name in run.history["grids"] if (path := run.pictures / Path(name).name).is_file()]
 

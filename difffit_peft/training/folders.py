@@ -63,7 +63,7 @@ def load_local(path: Path, split: str, cache_dir: str | None) -> Table:
 
 
 def _divides(child: Path) -> bool:
-    """Whether a folder that is named as a split is one, and no class, as `child` lies in it."""
+    """Whether `child` shows that the folder it lies in is a split, not a class."""
     return child.is_dir() and not _hidden(child) or child.name in ImageFolder.METADATA_FILENAMES
 
 
@@ -147,7 +147,7 @@ def _load_classes(root: Path, scan: _Scan) -> Table:
 
 
 def _load_metadata(root: Path, scan: _Scan, split: str, cache_dir: str | None) -> Table:
-    """The rows of the metadata files, which alone decide what is read."""
+    """The rows of the metadata files. They alone decide what is read."""
     files = [glob.escape(str(root / file)) for file in scan.metadata]
     try:
         table = load_dataset("imagefolder", data_files={split: files}, split=split, cache_dir=cache_dir)
@@ -163,7 +163,7 @@ def _load_metadata(root: Path, scan: _Scan, split: str, cache_dir: str | None) -
 
 
 def _load_parquet(path: Path, split: str, cache_dir: str | None) -> Table:
-    """What `datasets` takes for the files of a split, and a warning if it finds fewer than there are."""
+    """Loads the files that `datasets` takes for the split. Warns if there are more."""
     files = _scan(path).parquet
     why = "it follows no links to folders, and passes over names that start with __"
     try:

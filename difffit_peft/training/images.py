@@ -50,7 +50,7 @@ class LabelledImages:
         return f"{text}\nNo images of {listed(empty)}" if empty else text
 
     def class_index(self, label: str | int) -> int:
-        """The index of a class given by its name or its index; what is both is a name. Raises as `class_indices`."""
+        """The index of a class, given by name or index. What is both counts as a name. Raises as `class_indices`."""
         return class_indices([label], dict(enumerate(self.class_names)), len(self.class_names))[0]
 
     def classes_agree(self, id2label: dict[int, str]) -> bool:

@@ -113,7 +113,7 @@ class LatentDataset(Dataset):
 
 
 class _HashDataset(Dataset):
-    """BLAKE2 hashes of the bytes of image files. What cannot be read is as good as empty."""
+    """BLAKE2 hashes of the bytes of image files. A file that cannot be read counts as empty."""
 
     def __init__(self, images: Table):
         self.images = images

@@ -61,7 +61,7 @@ def sample_grid(
 
 
 def label_rows(grid: PIL.Image.Image, names: list[str]) -> PIL.Image.Image:
-    """The grid with a name to the left of each of its rows; what no installed font can draw stands there in words."""
+    """The grid with a name to the left of each row. Characters that no installed font can draw are put in words."""
     side = grid.height // len(names)
     captions = [_drawable(name) for name in names]
     fonts = [PIL.ImageFont.truetype(path, max(10, side // 8)) for _, path in captions]
