@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.hub import check_push
-from difffit_peft.training.pictures import label_rows, sample_grid
 from difffit_peft.training.scripts import non_negative_int, positive_int, run_script
+from difffit_peft.training.visualize import label_rows, sample_grid
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,14 +9,14 @@ finds it, and pictures of fixed classes and seeds to `--output_dir/validation`. 
 
 import argparse
 import json
-import logging
 import math
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -36,15 +36,31 @@ from accelerate.utils import (
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 from difffit_peft.files import write
 from difffit_peft.hub import base_parameters, check_push, push_adapter, save_adapter
-from difffit_peft.training.checkpoint import checkpoints, fingerprint, load_checkpoint, remove_later, save_checkpoint
-from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.arguments import (
+    add_base_arguments,
+    add_image_arguments,
+    latent_factor,
+    load_base,
+    load_images,
+    make_accelerator,
+)
+from difffit_peft.training.checkpoint import (
+    check_checkpoint,
+    checkpoints,
+    fingerprint,
+    load_checkpoint,
+    remove_later,
+    save_checkpoint,
+)
+from difffit_peft.training.images import LabelledImages
+from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
-from difffit_peft.training.pictures import grid_over_time, label_rows, plot_losses, sample_grid
-from difffit_peft.training.scripts import StopSignals, base_dtype, non_negative_int, positive_int, run_script
+from difffit_peft.training.scripts import StopSignals, non_negative_int, positive_int, run_script
+from difffit_peft.training.visualize import grid_over_time, label_rows, plot_losses, sample_grid
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import cached_assets_path, create_repo
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
@@ -76,48 +92,19 @@ class Result:
     grids: list[Path]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = argparse.BooleanOptionalAction
-
-    base = parser.add_argument_group("base and data")
-    base.add_argument("--pretrained_model_name_or_path", required=True, help="a DiTPipeline: Hub id or folder")
-    base.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
-    base.add_argument("--variant", help="variant of the base's files, such as fp16")
-    base.add_argument("--dataset_name", help="a dataset on the Hub")
-    base.add_argument("--dataset_config_name", help="its configuration")
-    base.add_argument(
-        "--train_data_dir", help="one folder of images per class, a folder of parquet, or a .parquet file"
-    )
-    base.add_argument("--split", default="train", help="the split to train on")
-    base.add_argument("--image_column", default="image")
-    base.add_argument("--label_column", default="label")
-    base.add_argument("--max_train_samples", type=positive_int, help="train on so many images, drawn with --seed")
-    base.add_argument("--resolution", type=positive_int, help="in pixels; default: the base's own")
-    base.add_argument("--random_flip", action=switch, default=True, help="train on mirror images too")
-    base.add_argument("--background", default="white", help="colour behind transparent images: a name or #rrggbb")
-    base.add_argument("--skip_broken_images", action=switch, default=False, help="leave them out, rather than stop")
-    base.add_argument(
-        "--num_held_out_images",
-        type=non_negative_int,
-        help="kept from training for the validation loss; default: one in twenty, up to 200",
-    )
-    base.add_argument("--output_dir", type=lambda path: Path(path).expanduser(), default=Path("difffit-adapter"))
-    base.add_argument("--cache_dir", help="for downloads and encoded images; default: the Hugging Face cache")
-
-    difffit = parser.add_argument_group("DiffFit")
-    difffit.add_argument(
+def add_difffit_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--gamma_modules",
         nargs="*",
         help="endings of the layers that get scale factors; default: as published; nothing after it: none, as BitFit",
     )
-    difffit.add_argument(
+    group.add_argument(
         "--gamma_layers",
         nargs="*",
         type=non_negative_int,
         help="blocks that get scale factors; default: the first half, or all of --gamma_modules",
     )
-    difffit.add_argument(
+    group.add_argument(
         "--r",
         type=non_negative_int,
         default=0,
@@ -125,34 +112,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "after it, is within the paper's number of parameters",
     )
 
-    train = parser.add_argument_group("training")
-    train.add_argument("--seed", type=non_negative_int, default=0)
-    train.add_argument("--train_batch_size", type=positive_int, default=32, help="per process")
-    train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
-    train.add_argument("--num_train_epochs", type=positive_int, default=100)
-    train.add_argument("--max_train_steps", type=positive_int, help="overrides --num_train_epochs")
-    train.add_argument("--dataloader_num_workers", type=non_negative_int, default=0)
-    train.add_argument(
+
+def add_training_arguments(group: argparse._ArgumentGroup) -> None:
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--seed", type=non_negative_int, default=0)
+    group.add_argument("--train_batch_size", type=positive_int, default=32, help="per process")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
+    group.add_argument("--num_train_epochs", type=positive_int, default=100)
+    group.add_argument("--max_train_steps", type=positive_int, help="overrides --num_train_epochs")
+    group.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], default="bf16", help="the frozen base is held in it too"
     )
-    train.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
-    train.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")
-    train.add_argument("--optimizer", choices=["adamw", "adamw_fused", "adamw_8bit"], default="adamw")
-    train.add_argument(
+    group.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
+    group.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")
+    group.add_argument("--optimizer", choices=["adamw", "adamw_fused", "adamw_8bit"], default="adamw")
+    group.add_argument(
         "--learning_rate", type=float, default=10 * PRE_TRAINING_RATE, help="DiffFit works best at 10x pre-training's"
     )
-    train.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant")
-    train.add_argument(
+    group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant")
+    group.add_argument(
         "--lr_warmup_steps", type=non_negative_int, default=0, help="used by constant_with_warmup, cosine, ..."
     )
-    train.add_argument("--adam_beta1", type=float, default=0.9)
-    train.add_argument("--adam_beta2", type=float, default=0.999)
-    train.add_argument("--adam_weight_decay", type=float, default=0.0)
-    train.add_argument("--adam_epsilon", type=float, default=1e-8)
-    train.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is recommended")
-    train.add_argument("--max_grad_norm", type=float, default=1.0)
-    train.add_argument("--use_ema", action=switch, default=True, help="save and show averaged weights")
-    train.add_argument("--ema_decay", type=float, default=0.9999, help="reached slowly: a short run averages less")
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=0.0)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is recommended")
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--use_ema", action=switch, default=True, help="save and show averaged weights")
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="reached slowly: a short run averages less")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+
+    base = parser.add_argument_group("base and data")
+    add_base_arguments(base)
+    add_image_arguments(base)
+    base.add_argument("--resolution", type=positive_int, help="in pixels; default: the base's own")
+    base.add_argument("--random_flip", action=switch, default=True, help="train on mirror images too")
+    base.add_argument("--background", default="white", help="colour behind transparent images: a name or #rrggbb")
+    base.add_argument(
+        "--num_held_out_images",
+        type=non_negative_int,
+        help="kept from training for the validation loss; default: one in twenty, up to 200",
+    )
+    base.add_argument("--output_dir", type=lambda path: Path(path).expanduser(), default=Path("difffit-adapter"))
+
+    add_difffit_arguments(parser.add_argument_group("DiffFit"))
+    add_training_arguments(parser.add_argument_group("training"))
 
     keep = parser.add_argument_group("checkpoints and logs")
     keep.add_argument("--checkpointing_steps", type=positive_int, default=500)
@@ -202,9 +211,9 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
-def sample_size_for(pipe: DiffFitDiTPipeline, resolution: int | None) -> tuple[int, int]:
-    """The resolution to train at, the base's own by default, and the side of its latents."""
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+def resolution_for(pipe: DiffFitDiTPipeline, resolution: int | None) -> int:
+    """The resolution to train at, the base's own by default."""
+    factor = latent_factor(pipe)
     step = factor * pipe.transformer.config.patch_size
     resolution = resolution or pipe.transformer.config.sample_size * factor
     if resolution % step:
@@ -212,7 +221,7 @@ def sample_size_for(pipe: DiffFitDiTPipeline, resolution: int | None) -> tuple[i
             f"--resolution is {resolution}, but this base takes multiples of {step}: "
             f"{resolution // step * step or step} or {(resolution // step + 1) * step}, for instance."
         )
-    return resolution, resolution // factor
+    return resolution
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -238,10 +247,44 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
     return Subset(dataset, sorted(order[held_out:])), Subset(dataset, sorted(order[:held_out]))
 
 
-def main(args: argparse.Namespace) -> Result:
-    check_installed(args)
-    found = checkpoints(args.output_dir)
-    resume = args.resume_from_checkpoint
+@dataclass
+class Data:
+    """What a run learns from."""
+
+    images: LabelledImages
+    shown: list[int]  # the classes of the validation pictures
+    resolution: int
+    train: Subset
+    held_out: Subset
+    identity: dict[str, Any]  # the images, what shaped their latents, the base and the settings: see `identity_of`
+
+
+@dataclass
+class Run:
+    """A run as it goes on."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipe: DiffFitDiTPipeline
+    data: Data
+    model: PeftModel
+    loop: TrainingLoop
+    loader: DataLoader
+    trained_parameters: int
+    base_parameters: int  # its timestep and class embedder counted once
+    total_steps: int
+    samples_per_step: int
+    identity: dict[str, Any]  # all that it must keep to be resumed
+    history: dict[str, list] = field(default_factory=lambda: {"training": [], "validation": [], "grids": []})
+
+    @property
+    def pictures(self) -> Path:
+        return self.args.output_dir / "validation"
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Refuses a folder with the checkpoints of a run that is not resumed."""
+    found, resume = checkpoints(args.output_dir), args.resume_from_checkpoint
     elsewhere = (
         resume not in (None, "latest")
         and Path(resume).is_dir()
@@ -252,8 +295,12 @@ def main(args: argparse.Namespace) -> Result:
             f"{args.output_dir} has checkpoints of another run, up to {found[-1].name}: go on with "
             "--resume_from_checkpoint latest, choose another --output_dir, or remove them."
         )
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+
+
+def start(args: argparse.Namespace) -> Accelerator:
+    """The accelerator. Refuses those that this script does not train under."""
+    accelerator = make_accelerator(
+        args,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir / "logs",
@@ -262,115 +309,109 @@ def main(args: argparse.Namespace) -> Result:
             DistributedDataParallelKwargs(broadcast_buffers=False),  # positions, which are the same everywhere
         ],
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED or (
-        accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or (sharded and not accelerator.is_fsdp2):
         raise ValueError(
             "This script trains under DDP or FSDP2 (examples/accelerate), not under FSDP1 or DeepSpeed: they share out "
             "what DiffFit has next to nothing of."
         )
-    sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and args.mixed_precision == "fp16":
         raise ValueError(
             "--mixed_precision fp16 is not for FSDP2, whose gradients Accelerate scales back twice: use bf16."
         )
-    if not accelerator.is_local_main_process:
-        logging.getLogger("difffit_peft").setLevel(logging.ERROR)  # its warnings are the same in all processes
-    dtype = base_dtype(accelerator)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:  # now, rather than find in the end that it cannot be
-        name = args.hub_model_id or args.output_dir.resolve().name
-        check_push(name)
-        repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    pipe = DiffFitDiTPipeline.from_pretrained(  # unlike the stock one it knows any base's null class
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16, and are used little here
-    )
+    return accelerator
+
+
+def create_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """The repository to push to. It is made before the run, to learn now whether that is allowed."""
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return None
+    name = args.hub_model_id or args.output_dir.resolve().name
+    check_push(name)
+    return create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> DiffFitDiTPipeline:
+    """The frozen base, on the device that uses it."""
+    pipe = load_base(args, accelerator)
     if pipe.get_list_adapters():
         raise ValueError(
             f"{args.pretrained_model_name_or_path} comes with adapters: name their base, or save it with them fused "
             "and name that."
         )
-    pipe.vae.to(accelerator.device)
-    if not sharded:  # FSDP moves what it shares out, block by block
+    pipe.vae.requires_grad_(False).to(accelerator.device)
+    if accelerator.distributed_type != DistributedType.FSDP:  # which moves what it shares out, block by block
         pipe.transformer.to(accelerator.device)
     pipe.set_progress_bar_config(desc="Validation pictures", leave=False, disable=not accelerator.is_local_main_process)
-    pipe.vae.requires_grad_(False)
-    resolution, sample_size = sample_size_for(pipe, args.resolution)
-    data = load_labelled_images(
-        args.dataset_name,
-        args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        split=args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        max_classes=pipe.transformer.config.num_embeds_ada_norm,
-        max_samples=args.max_train_samples,
-        seed=args.seed,
-        cache_dir=args.cache_dir,
-    )
-    accelerator.print(data.summary())
+    return pipe
+
+
+def load_data(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitDiTPipeline) -> Data:
+    """The images and their latents. Images are encoded once a checkpoint to resume is known to be of this run."""
+    resolution = resolution_for(pipe, args.resolution)
+    images = load_images(args, accelerator, pipe)
+    shown = list(range(0, len(images.class_names), math.ceil(len(images.class_names) / 4)))
     if args.validation_labels:
-        classes = [data.class_index(label) for label in args.validation_labels]
-    else:
-        classes = list(range(0, len(data.class_names), math.ceil(len(data.class_names) / 4)))
+        shown = [images.class_index(label) for label in args.validation_labels]
+    identity = {
+        "classes": images.class_names,
+        "base": fingerprint(pipe.transformer),
+        "processes": accelerator.num_processes,
+        "r": args.r,
+    } | {name: getattr(args, name) for name in SETTINGS}
+
+    def check(about: dict[str, Any]) -> None:
+        path = checkpoint_to_resume(args)
+        if accelerator.is_main_process and path is not None:
+            check_checkpoint(path, identity | about)
+
     cache = Path(args.cache_dir) if args.cache_dir else cached_assets_path("difffit_peft", "latents")
     with accelerator.local_main_process_first():  # each machine has a cache of its own
-        dataset = encode_latents(
+        latents = encode_latents(
             pipe.vae,
-            data,
+            images,
             resolution,
             cache,
             random_flip=args.random_flip,
             skip_broken_images=args.skip_broken_images,
             background=args.background,
             num_workers=args.dataloader_num_workers,
+            check=check,
         )
-    train_set, held_out = split(dataset, args.num_held_out_images, args.seed)
+    train, held_out = split(latents, args.num_held_out_images, args.seed)
+    identity |= {"held_out_images": len(held_out)} | latents.about
+    return Data(images, shown, resolution, train, held_out, identity)
 
+
+def attach(args: argparse.Namespace, pipe: DiffFitDiTPipeline, data: Data) -> PeftModel:
+    """The transformer of `pipe` with a new adapter, which takes its place."""
     set_seed(args.seed)
-    same_classes = data.classes_agree(pipe.id2label)
     config = DiffFitConfig(
-        id2label=dict(enumerate(data.class_names)),
-        init_class_rows="base" if same_classes else "null",
+        id2label=dict(enumerate(data.images.class_names)),
+        init_class_rows="base" if data.images.classes_agree(pipe.id2label) else "null",
         gamma_modules=args.gamma_modules,
         gamma_layers=args.gamma_layers,
         r=args.r,
-        sample_size=sample_size,
+        sample_size=data.resolution // latent_factor(pipe),
         background=args.background,
     )
-    base = fingerprint(pipe.transformer)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    model = get_peft_model(pipe.transformer, config)
-    pipe.transformer = model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    trained_parameters = sum(p.numel() for p in parameters)
-    base_count = base_parameters(model)
-    trained_share = trained_parameters / base_count
+    pipe.transformer = get_peft_model(pipe.transformer, config)
+    return pipe.transformer
 
+
+def build(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitDiTPipeline, data: Data) -> Run:
+    """All that trains, before its first step."""
+    model = attach(args, pipe, data)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    counts = sum(p.numel() for p in parameters), base_parameters(model)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_set) / samples_per_step)
-    accelerator.print(
-        f"{len(train_set)} images in {len(data.class_names)} classes at {resolution}x{resolution}, "
-        f"{len(held_out)} more held out for the validation loss\n"
-        + (
-            "Classes start from the base's own rows: it knows each of them by the same name and index.\n"
-            if same_classes
-            else "Classes start from the base's null row: its classes are others.\n"
-        )
-        + f"Training {trained_parameters:,} parameters, {trained_share:.3%} of the base's {base_count:,}, in "
-        f"{args.mixed_precision.replace('no', 'fp32')}: {total_steps} steps of {samples_per_step} images\n"
-        f"AdamW at {args.learning_rate:g}, {args.learning_rate / PRE_TRAINING_RATE:g}x the rate that published DiTs "
-        f"are pre-trained at (the paper recommends 10x); weight decay {args.adam_weight_decay:g}"
-    )
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(data.train) / samples_per_step)
     # One pass over the sampler is the whole run, a new order each epoch: every batch is full, however few the images.
     num_samples = total_steps * samples_per_step
-    order = RandomSampler(train_set, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
-    loader = DataLoader(train_set, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
+    order = RandomSampler(data.train, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
+    loader = DataLoader(data.train, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
     optimizer = make_optimizer(parameters, args)
     lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
@@ -388,152 +429,211 @@ def main(args: argparse.Namespace) -> Result:
         ema_decay=args.ema_decay if args.use_ema else None,
         compile=args.torch_compile,
     )
-
-    run = {
-        "classes": data.class_names,
-        "base": base,
-        "held_out_images": len(held_out),
-        "processes": accelerator.num_processes,
+    config = model.peft_config["default"]
+    identity = data.identity | {
         "gamma_modules": config.gamma_modules,  # written out by now
         "gamma_layers": config.gamma_layers,
-        "r": args.r,
         "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
-    } | {name: getattr(args, name) for name in SETTINGS}
-    run |= dataset.about  # the images, and what shaped their latents
-    history: dict[str, list] = {"training": [], "validation": [], "grids": []}
-    if args.resume_from_checkpoint:
-        path = found[-1] if found else None
-        if args.resume_from_checkpoint != "latest":
-            path = Path(args.resume_from_checkpoint)
-        loaded = [None]  # read by the main process, which wrote it: other machines may not see its disk
-        if accelerator.is_main_process and path is not None:
-            loaded = [load_checkpoint(path, run)]
-            remove_later(args.output_dir, loaded[0]["step"])
-        state = broadcast_object_list(loaded)[0]
-        if state is None:
-            accelerator.print(f"There is no checkpoint in {args.output_dir}: starting from the beginning.")
-        else:
-            history = state.pop("history")
-            loop.load_state_dict(state)
-            accelerator.print(f"Resuming from {path}, after step {loop.step}")
-    if args.report_to != "none":
-        settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
-        accelerator.init_trackers("difffit", config=settings)
+    }
+    return Run(args, accelerator, pipe, data, model, loop, loader, *counts, total_steps, samples_per_step, identity)
 
-    pictures = args.output_dir / "validation"
 
-    def validate() -> None:  # in all processes: under FSDP none of them has a whole model
-        with loop.averaged_weights():
-            if len(held_out):
-                loss = loop.validation_loss(held_out, args.train_batch_size)
-                history["validation"].append((loop.step, loss))
-                accelerator.log({"validation_loss": loss}, step=loop.step)
-            if args.num_validation_images > 0:
-                grid = sample_grid(
-                    pipe,
-                    classes,
-                    args.num_validation_images,
-                    seed=args.seed,
-                    guidance_scale=args.guidance_scale,
-                    num_inference_steps=args.num_inference_steps,
-                )
-                path = pictures / f"step-{loop.step:06d}.png"
-                if accelerator.is_main_process:
-                    write(path, lambda partial: grid.save(partial, format="PNG"))
-                history["grids"].append(path.name)
-                for tracker in accelerator.trackers:
-                    if hasattr(tracker, "log_images"):  # not trackio's, in accelerate 1.15
-                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                        tracker.log_images({"validation": np.asarray(grid)[None]}, step=loop.step, **layout)
+def describe(run: Run) -> str:
+    """What the run is about to do, in words."""
+    args, data = run.args, run.data
+    same_classes = run.model.peft_config["default"].init_class_rows == "base"
+    return (
+        f"{len(data.train)} images in {len(data.images.class_names)} classes at {data.resolution}x{data.resolution}, "
+        f"{len(data.held_out)} more held out for the validation loss\n"
+        + (
+            "Classes start from the base's own rows: it knows each of them by the same name and index.\n"
+            if same_classes
+            else "Classes start from the base's null row: its classes are others.\n"
+        )
+        + f"Training {run.trained_parameters:,} parameters, {run.trained_parameters / run.base_parameters:.3%} of the "
+        f"base's {run.base_parameters:,}, in {args.mixed_precision.replace('no', 'fp32')}: {run.total_steps} steps of "
+        f"{run.samples_per_step} images\n"
+        f"AdamW at {args.learning_rate:g}, {args.learning_rate / PRE_TRAINING_RATE:g}x the rate that published DiTs "
+        f"are pre-trained at (the paper recommends 10x); weight decay {args.adam_weight_decay:g}"
+    )
 
-    with StopSignals(loop.stop, show=accelerator.is_local_main_process) as signals:
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names; `None` if it names none, or there is no latest one."""
+    if args.resume_from_checkpoint == "latest":
+        return next(reversed(checkpoints(args.output_dir)), None)
+    return Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+
+
+def resume(run: Run) -> None:
+    """Goes on from the checkpoint that is asked for."""
+    path = checkpoint_to_resume(run.args)
+    loaded = [None]  # read by the main process, which wrote it: other machines may not see its disk
+    if run.accelerator.is_main_process and path is not None:
+        loaded = [load_checkpoint(path, run.identity)]
+        remove_later(run.args.output_dir, loaded[0]["step"])
+    state = broadcast_object_list(loaded)[0]
+    if state is not None:
+        run.history = state.pop("history")
+        run.loop.load_state_dict(state)
+        run.accelerator.print(f"Resuming from {path}, after step {run.loop.step}")
+    elif run.args.resume_from_checkpoint:
+        run.accelerator.print(f"There is no checkpoint in {run.args.output_dir}: starting from the beginning.")
+
+
+def validate(run: Run) -> None:
+    """The loss of held-out images, and pictures. In all processes: under FSDP none of them has a whole model."""
+    args, loop, accelerator = run.args, run.loop, run.accelerator
+    with loop.averaged_weights():
+        if len(run.data.held_out):
+            loss = loop.validation_loss(run.data.held_out, args.train_batch_size)
+            run.history["validation"].append((loop.step, loss))
+            accelerator.log({"validation_loss": loss}, step=loop.step)
+        if args.num_validation_images == 0:
+            return
+        grid = sample_grid(
+            run.pipe,
+            run.data.shown,
+            args.num_validation_images,
+            seed=args.seed,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+        )
+    path = run.pictures / f"step-{loop.step:06d}.png"
+    if accelerator.is_main_process:
+        write(path, lambda partial: grid.save(partial, format="PNG"))
+    run.history["grids"].append(path.name)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):  # not trackio's, in accelerate 1.15
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=loop.step, **layout)
+
+
+def save(run: Run) -> None:
+    """Writes a checkpoint, and with it the adapter of this step. In all processes."""
+    loop, args = run.loop, run.args
+    state = loop.state_dict() | {"history": run.history}
+    with loop.averaged_weights():
+        weights = loop.trained_weights()
+    adapter = partial(save_adapter, run.model, repo_id=f"checkpoint-{loop.step}", state_dict=weights)
+    if run.accelerator.is_main_process:
+        save_checkpoint(args.output_dir, loop.step, state, run.identity, args.checkpoints_total_limit, adapter)
+
+
+def train(run: Run) -> None:
+    """Trains to the last step. Ends the process after the step it is in if a signal asks for it."""
+    args, loop, accelerator = run.args, run.loop, run.accelerator
+    hidden = not accelerator.is_local_main_process
+    with StopSignals(loop.stop, show=not hidden) as signals:
         if loop.step == 0:
-            validate()
-        bar = tqdm(total=total_steps, initial=loop.step, desc="Training", disable=not accelerator.is_local_main_process)
+            validate(run)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of the encoder
-        try:
-            for loss in loop.steps(accelerator.prepare(loader)):
-                lr = loop.lr_scheduler.get_last_lr()[0]
-                bar.set_postfix(loss=f"{loop.average:.4f}", lr=f"{lr:.1e}")
-                bar.update()
-                history["training"].append((loop.step, loop.average))
-                accelerator.log({"loss": loss, "lr": lr}, step=loop.step)
-                if loop.step % args.validation_steps == 0 or loop.step == total_steps:
-                    validate()
-                if loop.step % args.checkpointing_steps == 0 or loop.stopping:
-                    state = loop.state_dict() | {"history": history}
-                    with loop.averaged_weights():
-                        save = partial(
-                            save_adapter, model, repo_id=f"checkpoint-{loop.step}", state_dict=loop.trained_weights()
-                        )
-                    if accelerator.is_main_process:
-                        save_checkpoint(args.output_dir, loop.step, state, run, args.checkpoints_total_limit, save)
-        except Diverged as error:
-            last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
-            raise Diverged(f"{error} No adapter is saved.{last}") from None
-        finally:
-            bar.close()
+        with tqdm(total=run.total_steps, initial=loop.step, desc="Training", disable=hidden) as bar:
+            try:
+                for loss in loop.steps(accelerator.prepare(run.loader)):
+                    lr = loop.lr_scheduler.get_last_lr()[0]
+                    bar.set_postfix(loss=f"{loop.average:.4f}", lr=f"{lr:.1e}")
+                    bar.update()
+                    run.history["training"].append((loop.step, loop.average))
+                    accelerator.log({"loss": loss, "lr": lr}, step=loop.step)
+                    if loop.step % args.validation_steps == 0 or loop.step == run.total_steps:
+                        validate(run)
+                    if loop.step % args.checkpointing_steps == 0 or loop.stopping:
+                        save(run)
+            except Diverged as error:
+                last = next((f" The last checkpoint is {path}." for path in reversed(checkpoints(args.output_dir))), "")
+                raise Diverged(f"{error} No adapter is saved.{last}") from None
     if loop.stopping:
         accelerator.print(f"Stopped after step {loop.step}; go on with --resume_from_checkpoint latest")
         accelerator.wait_for_everyone()  # a launcher ends all when the first one ends with an error
         accelerator.end_training()
         raise SystemExit(signals.exit_code)
 
-    with loop.averaged_weights():
-        weights = loop.trained_weights()
+
+def grids_of(run: Run) -> list[Path]:
+    """The grids of validations that are still there."""
     # by their names, as checkpoints hold them: the folder may have moved since, or be another run's that had pictures
-    grids = [path for name in history["grids"] if (path := pictures / Path(name).name).is_file()]
-    if accelerator.is_main_process:
-        picture = None
-        if grids:
-            names = [data.class_names[i] for i in classes]
-            picture = label_rows(PIL.Image.open(grids[-1]), names)
-        card = {
-            "dataset": args.dataset_name,
-            "training": {
-                "steps": loop.step,
-                "images per step": samples_per_step,
-                "resolution": resolution,
-                "background": args.background,
-            }
-            | {name: getattr(args, name) for name in SETTINGS},
-            "picture": picture,
-        }
-        save_adapter(model, args.output_dir, state_dict=weights, **card)
-    accelerator.wait_for_everyone()
-    adapter = args.output_dir / "adapter_model.safetensors"
-    adapter_bytes = broadcast_object_list([adapter.stat().st_size if accelerator.is_main_process else None])[0]
-    result = Result(
-        output_dir=args.output_dir,
-        adapter_bytes=adapter_bytes,
-        trained_parameters=trained_parameters,
-        trained_share=trained_share,
+    return [path for name in run.history["grids"] if (path := run.pictures / Path(name).name).is_file()]
+
+
+def card_of(run: Run) -> dict[str, Any]:
+    """What the adapter's card says of its training."""
+    args, data = run.args, run.data
+    training = {
+        "steps": run.loop.step,
+        "images per step": run.samples_per_step,
+        "resolution": data.resolution,
+        "background": args.background,
+    } | {name: getattr(args, name) for name in SETTINGS}
+    grids, names = grids_of(run), [data.images.class_names[i] for i in data.shown]
+    picture = label_rows(PIL.Image.open(grids[-1]), names) if grids else None
+    return {"dataset": args.dataset_name, "training": training, "picture": picture}
+
+
+def measure(run: Run, adapter: Path) -> Result:
+    loop, history = run.loop, run.history
+    size = [adapter.stat().st_size if run.accelerator.is_main_process else None]
+    return Result(
+        output_dir=run.args.output_dir,
+        adapter_bytes=broadcast_object_list(size)[0],
+        trained_parameters=run.trained_parameters,
+        trained_share=run.trained_parameters / run.base_parameters,
         steps=loop.step,
         seconds_per_step=statistics.median(loop.seconds[2:] or loop.seconds or [0.0]),
         loss=loop.average,
         validation_loss=history["validation"][-1][1] if history["validation"] else None,
-        peak_memory_bytes=peak_memory(accelerator.device),
-        grids=grids,
+        peak_memory_bytes=peak_memory(run.accelerator.device),
+        grids=grids_of(run),
     )
+
+
+def finish(run: Run, repo_id: str | None) -> Result:
+    """Writes the adapter and what there is to see of the run, and pushes the adapter."""
+    output, accelerator = run.args.output_dir, run.accelerator
+    with run.loop.averaged_weights():
+        weights = run.loop.trained_weights()
     if accelerator.is_main_process:
-        plot_losses({name: history[name] for name in ("training", "validation")}, args.output_dir / "loss.png")
+        card = card_of(run)
+        save_adapter(run.model, output, state_dict=weights, **card)
+    accelerator.wait_for_everyone()
+    adapter = output / "adapter_model.safetensors"
+    result = measure(run, adapter)
+    if accelerator.is_main_process:
+        plot_losses({name: run.history[name] for name in ("training", "validation")}, output / "loss.png")
         if result.grids:
-            picture = grid_over_time(result.grids, len(classes))
-            write(args.output_dir / "validation.png", lambda partial: picture.save(partial, format="PNG"))
+            picture = grid_over_time(result.grids, len(run.data.shown))
+            write(output / "validation.png", lambda partial: picture.save(partial, format="PNG"))
         summary = json.dumps(asdict(result), indent=2, default=str)
-        write(args.output_dir / "summary.json", lambda partial: partial.write_text(summary))
+        write(output / "summary.json", lambda partial: partial.write_text(summary))
         shown = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
         accelerator.print(
-            f"{adapter}: {result.adapter_bytes:,} bytes, {trained_parameters:,} parameters, "
-            f"{trained_share:.3%} of the base's\n{loop.step} steps at {result.seconds_per_step:.3f} s, loss "
-            f"{loop.average:.4f}{shown}, peak memory {result.peak_memory_bytes / 2**30:.1f} GiB\n"
-            f"Pictures: {args.output_dir}/loss.png" + (f", {args.output_dir}/validation.png" if result.grids else "")
+            f"{adapter}: {result.adapter_bytes:,} bytes, {result.trained_parameters:,} parameters, "
+            f"{result.trained_share:.3%} of the base's\n{result.steps} steps at {result.seconds_per_step:.3f} s, loss "
+            f"{result.loss:.4f}{shown}, peak memory {result.peak_memory_bytes / 2**30:.1f} GiB\n"
+            f"Pictures: {output}/loss.png" + (f", {output}/validation.png" if result.grids else "")
         )
         if repo_id is not None:  # last: whatever the Hub does, all is on disk
-            accelerator.print(push_adapter(model, repo_id, state_dict=weights, **card).commit_url)
+            accelerator.print(push_adapter(run.model, repo_id, state_dict=weights, **card).commit_url)
     accelerator.end_training()
     return result
+
+
+def main(args: argparse.Namespace) -> Result:
+    check_installed(args)
+    check_output_dir(args)
+    accelerator = start(args)
+    repo_id = create_repository(args, accelerator)
+    pipe = load_pipeline(args, accelerator)
+    data = load_data(args, accelerator, pipe)
+    run = build(args, accelerator, pipe, data)
+    accelerator.print(describe(run))
+    resume(run)
+    if args.report_to != "none":
+        settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("difffit", config=settings)
+    train(run)
+    return finish(run, repo_id)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, DiffFitLoaderMixin
 from difffit_peft.class_names import class_indices, classes_called, join_names, split_names
-from difffit_peft.training.pictures import label_rows, sample_grid
+from difffit_peft.training.visualize import label_rows, sample_grid
 
 BASE = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane"}
 DIGITS = sorted(map(str, range(1, 13)))  # as class folders "1" ... "12" are indexed

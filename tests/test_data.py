@@ -17,18 +17,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
-from difffit_peft.training.data import (
-    LabelledImages,
-    LatentDataset,
-    center_crop,
-    encode_latents,
-    load_labelled_images,
-    parse_colour,
-    sample_latents,
-    to_pixels,
-    to_rgb,
-)
-from difffit_peft.training.draws import draw
+from difffit_peft.config import parse_colour
+from difffit_peft.training.images import LabelledImages, center_crop, load_labelled_images, to_pixels, to_rgb
+from difffit_peft.training.latents import LatentDataset, encode_latents
+from difffit_peft.training.sampling import draw, sample_latents
 
 SIDE = 16
 
@@ -471,10 +463,10 @@ def test_refuses_images_beside_parquet(tmp_path, load):
 def test_refuses_a_split_that_is_not_there(tmp_path, load):
     """Rather than take the images that are trained on for others."""
     folder = write_folder(tmp_path / "images", ["ant", "test"])
-    with pytest.raises(ValueError, match=f"split is 'test', but {folder}/test is no folder with classes"):
+    with pytest.raises(ValueError, match=f"split is 'test', but {folder}/test is not a folder with classes"):
         load(folder, split="test")
     (folder / "metadata.csv").write_text("file_name,label\nant/0.png,ant\n")
-    with pytest.raises(ValueError, match="split is 'val', but .*/val is no folder with classes or metadata"):
+    with pytest.raises(ValueError, match="split is 'val', but .*/val is not a folder with classes or metadata"):
         load(folder, split="val")
 
 
@@ -574,7 +566,7 @@ def broken_folder(tmp_path):
 def test_all_broken_files_are_named(tmp_path, load, vae, broken_folder, workers):
     with pytest.raises(ValueError, match="2 of 4 images cannot be read") as error:
         encode_latents(vae, load(broken_folder), SIDE, tmp_path / "latents", batch_size=1, num_workers=workers)
-    assert f"{broken_folder}/ant/1.png (row 1): it is empty, or no image\n" in str(error.value)
+    assert f"{broken_folder}/ant/1.png (row 1): it is empty, or not an image\n" in str(error.value)
     assert f"{broken_folder}/bee/0.png (row 2): " in str(error.value)
     assert "ant/0.png" not in str(error.value)
     assert "--skip_broken_images (skip_broken_images=True)" in str(error.value)

@@ -1,4 +1,4 @@
-"""`examples/evaluate.py`: its metrics against plain NumPy, and the script from images and an adapter to a report."""
+"""`examples/evaluate_images.py`: metrics against plain NumPy, the script from images and an adapter to a report."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def nothing():
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate", EXAMPLES / "evaluate.py")
+    spec = importlib.util.spec_from_file_location("evaluate_images", EXAMPLES / "evaluate_images.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -124,7 +124,7 @@ def test_batch_size_does_not_matter_but_the_seed_does(script, workdir, report, c
 
 def test_two_processes_give_what_one_gives(workdir, report):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate" / "ddp.yaml"]
-    launch += ["--num_processes", "2", "--main_process_port", "0", EXAMPLES / "evaluate.py"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", EXAMPLES / "evaluate_images.py"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [*map(str, launch), *arguments(workdir, "two")]
     (workdir / "images" / "notes.txt").touch()

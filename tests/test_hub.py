@@ -87,7 +87,7 @@ import sys, torch
 from diffusers import DiTPipeline
 from peft import PeftModel
 from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.training.pictures import sample_grid
+from difffit_peft.training.visualize import sample_grid
 
 pipe = DiffFitDiTPipeline.from_pretrained("me/trained")
 assert pipe.get_label_ids(["ant", "cow"]) == [0, 2]

@@ -1,14 +1,15 @@
 """`TrainingLoop` by itself: what it keeps where. What comes out of it is tested in `test_train_script.py`."""
 
+import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_dit
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.data import LatentDataset
+from difffit_peft.training.latents import LatentDataset
 from difffit_peft.training.loop import TrainingLoop
 
 
@@ -32,3 +33,27 @@ def test_training_takes_16_bytes_a_parameter_beside_the_frozen_base():
     latents = LatentDataset(torch.randn(1, 8, 4, 8, 8), torch.rand(1, 8, 4, 8, 8), torch.arange(8))
     assert [loop.step for _ in loop.steps(DataLoader(latents, 4))] == [1, 2]
     assert used == [16 * sum(p.numel() for p in parameters)] * 2
+
+
+def make_unet() -> UNet2DModel:
+    """A class-conditional model without a null class."""
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    channels = {"in_channels": 4, "out_channels": 4}
+    return UNet2DModel(8, **channels, **blocks, layers_per_block=1, norm_num_groups=4, num_class_embeds=64)
+
+
+@pytest.mark.parametrize(("make_model", "null"), [(lambda: make_dit(num_layers=2), 1000), (make_unet, None)])
+def test_labels_are_dropped_where_a_model_has_a_null_class(make_model, null):
+    model, seen = make_model(), []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.extend(inputs["class_labels"].tolist()), with_kwargs=True
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    loop = TrainingLoop(accelerator, *prepared, DDPMScheduler(), seed=0)
+    latents = LatentDataset(torch.randn(1, 64, 4, 8, 8), torch.rand(1, 64, 4, 8, 8), torch.arange(64))
+    assert all(loss > 0 for loss in loop.steps(DataLoader(latents, 32)))
+    dropped = [label for row, label in enumerate(seen) if label != row]
+    assert set(dropped) == ({null} if null else set())
+    assert len(dropped) < 16

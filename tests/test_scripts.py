@@ -19,7 +19,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training import pictures, scripts
+from difffit_peft.training import scripts, visualize
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -193,7 +193,7 @@ def test_sigterm_has_an_exit_code_of_its_own(capfd):
 @pytest.mark.parametrize(("classes", "number"), [([0, 5000], 1), ([-1], 1), ([], 1), ([0], 0)])
 def test_classes_that_the_model_does_not_have_are_not_sampled(classes, number):
     with pytest.raises(ValueError, match="cannot be sampled: give classes from 0 to 999, and at least one picture"):
-        pictures.sample_grid(make_pipeline(num_layers=1), classes, number, num_inference_steps=1)
+        visualize.sample_grid(make_pipeline(num_layers=1), classes, number, num_inference_steps=1)
 
 
 def only(monkeypatch, *names: str) -> None:
@@ -218,17 +218,17 @@ def only(monkeypatch, *names: str) -> None:
 def test_captions_have_no_boxes(monkeypatch, name, words):
     """What no font here can draw is said in words."""
     only(monkeypatch, "DejaVu Sans")
-    text, font = pictures._drawable(name)
+    text, font = visualize._drawable(name)
     assert text == words
     assert {ord(c) for c in text} <= FT2Font(font).get_charmap().keys()
     grid = PIL.Image.new("RGB", (40, 40), "red")
-    assert pictures.label_rows(grid, [name]).tobytes() == pictures.label_rows(grid, [words]).tobytes()
+    assert visualize.label_rows(grid, [name]).tobytes() == visualize.label_rows(grid, [words]).tobytes()
 
 
 def test_an_installed_font_draws_what_the_first_lacks(monkeypatch):
     only(monkeypatch, "DejaVu Sans", "STIXNonUnicode")
-    text, font = pictures._drawable("\ue000")
+    text, font = visualize._drawable("\ue000")
     assert text == "\ue000" and Path(font).name.startswith("STIX")
     monkeypatch.undo()
     only(monkeypatch, "DejaVu Sans", "Last Resort High-Efficiency")  # it has a box for every character
-    assert pictures._drawable("\ue000")[0] == "U+E000"
+    assert visualize._drawable("\ue000")[0] == "U+E000"

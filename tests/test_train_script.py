@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from difffit_peft.training.pictures import sample_grid
+from difffit_peft.training.visualize import sample_grid
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_difffit.py"
 CLASSES = ["ant", "bee", "cow"]
@@ -276,7 +276,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
         (["--no-random_flip"], "random_flip was True and is False"),
         (["--gamma_modules", "attn1.to_q"], r"gamma_modules was \['attn1.to_k', .* and is \['attn1.to_q'\]"),
         (["--r", "1"], "r was 0 and is 1"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a checkpoint"),
     ],
 )
 def test_another_run_is_not_resumed(script, workdir, result, flags, message):
@@ -306,6 +306,22 @@ def test_data_are_their_images_wherever_they_lie(script, workdir, tmp_path):
         "ant had 4 images and has 3",
         "of the 4 images of bee some are others",
     ]
+
+
+def test_another_run_is_refused_before_images_are_encoded(script, workdir, tmp_path):
+    """Also where images may be left out, by what is known of them before."""
+    if not (workdir / "stopped").exists():
+        run(script, workdir, "stopped", "--checkpointing_steps", "2", "--num_validation_images", "0")
+    shutil.copytree(workdir / "images", tmp_path / "images")
+    shutil.copy(workdir / "images" / "bee" / "0.png", tmp_path / "images" / "bee" / "4.png")
+    resume = ("--num_validation_images", "0", "--resume_from_checkpoint", "latest", "--cache_dir", str(tmp_path))
+    for flags, message in [
+        (("--train_data_dir", str(tmp_path / "images")), "bee had 4 images and has 5"),
+        (("--resolution", "32", "--skip_broken_images"), "resolution was 16 and is 32"),
+    ]:
+        with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
+            run(script, workdir, "stopped", *resume, *flags)
+        assert not [path for path in tmp_path.glob("latents-*") if path.is_dir()]
 
 
 def test_a_refusal_says_what_differs(tmp_path):

@@ -81,7 +81,16 @@ def remove_later(output_dir: str | os.PathLike, step: int) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike, run: dict[str, Any]) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote, if it belongs to the same run.
+    """The state that `save_checkpoint` wrote, if it belongs to the same run. Raises as `check_checkpoint` does."""
+    check_checkpoint(path, run, whole=True)
+    return torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
+
+
+def check_checkpoint(path: str | os.PathLike, run: dict[str, Any], whole: bool = False) -> None:
+    """Compares what is known of a run with the run that wrote the checkpoint.
+
+    Args:
+        whole: `run` is all that there is to know. Otherwise what it lacks is not compared.
 
     Raises:
         ValueError: if there is no checkpoint at `path`, or if it is of a run with other data, another base or other
@@ -89,15 +98,15 @@ def load_checkpoint(path: str | os.PathLike, run: dict[str, Any]) -> dict[str, A
     """
     path = Path(path)
     if not (path / "run.json").is_file() or not (path / "state.pt").is_file():
-        raise ValueError(f"{path} is no checkpoint: it needs the files run.json and state.pt.")
+        raise ValueError(f"{path} is not a checkpoint: it needs the files run.json and state.pt.")
     saved = json.loads((path / "run.json").read_text())
+    saved = {name: value for name, value in saved.items() if whole or name in run}
     differing = _differences(saved, json.loads(json.dumps(run)))
     if differing:
         raise ValueError(
             f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same data, base and settings, or "
             "start anew in another --output_dir."
         )
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
 _IN_WORDS = {

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from diffusers import DDPMScheduler
-from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data import sample_latents
-from .draws import Draws, draw
 from .losses import diffusion_loss
+from .sampling import Draws, disable_label_dropout, draw, null_class, sample_latents
 
 
 class Diverged(RuntimeError):
@@ -29,7 +27,7 @@ class Diverged(RuntimeError):
 
 
 class TrainingLoop:
-    """Trains the parameters of a DiT that require gradients, on cached latents.
+    """Trains the parameters that require gradients of a class-conditional model, on cached latents.
 
         loop = TrainingLoop(accelerator, model, optimizer, lr_scheduler, noise_scheduler, seed=0)
         for loss in loop.steps(loader):
@@ -37,16 +35,16 @@ class TrainingLoop:
         with loop.averaged_weights():
             model.save_pretrained("adapter", state_dict=loop.trained_weights(), save_embedding_layers=False)
 
-    All that is drawn is a function of the seed and the step (`draws`), and labels are dropped here: the model's own
-    label dropout is turned off. So a run that goes on from `state_dict()` is, on a CPU, the uninterrupted one to the
-    last bit.
+    All that is drawn is a function of the seed and the step (`sampling`). The loop drops labels where the model has a
+    null class; it turns the model's own label dropout off. So a run that goes on from `state_dict()` is, on a CPU, the
+    uninterrupted one to the last bit.
 
     On the accelerator are the trained weights, their gradients and AdamW's moments, 16 bytes a parameter in all. The
     average of the weights is kept in the memory of the CPU.
 
     Args:
         accelerator: an `accelerate.Accelerator`, which has prepared the next three.
-        model: a `DiTTransformer2DModel`, adapted or not.
+        model: takes noisy latents, `timestep` and `class_labels`, as Diffusers' DiT does; adapted or not.
         optimizer: of the model's parameters that require gradients.
         lr_scheduler: stepped with the optimizer.
         noise_scheduler: with the `betas` and the `prediction_type` of the base.
@@ -89,10 +87,8 @@ class TrainingLoop:
         self.seconds: list[float] = []
         self.stopping = self._stop_asked = False
         self._forward = torch.compile(model) if compile else model
-        for module in model.modules():
-            if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0
-        self._null_class = accelerator.unwrap_model(model).config.num_embeds_ada_norm
+        self._null_class = null_class(model)
+        disable_label_dropout(model)
 
     def steps(self, loader: DataLoader) -> Iterator[float]:
         """Trains on the batches of `loader`, without those already trained on; yields the loss of each optimiser step.
@@ -217,7 +213,8 @@ class TrainingLoop:
 
     def _backward(self, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> float:
         """Adds the gradients of one batch; its loss over all processes."""
-        labels = torch.where(draws.dropped, self._null_class, labels)
+        if self._null_class is not None:
+            labels = torch.where(draws.dropped, self._null_class, labels)
         loss = self._losses(self._forward, draws, mean, std, labels).mean()
         # the loss, and whether a process was asked to stop: all must know, to stop together
         told = torch.tensor([loss.detach(), float(self._stop_asked)], device=self.accelerator.device)

@@ -60,8 +60,8 @@ class StopSignals:
         show: say so on stderr.
 
     Attributes:
-        exit_code: what a shell expects of a process that such a signal ended, 130 or 143; 130 if none came, for
-            another process may have told this one to stop.
+        exit_code: 130 or 143, which a shell expects of a process that such a signal ended. 130 if none came: another
+            process may have told this one to stop.
     """
 
     def __init__(self, stop: Callable[[], None], show: bool = True) -> None:
@@ -91,9 +91,9 @@ class StopSignals:
 def run_script(main: Callable[..., Any], parse_args: Callable[[], argparse.Namespace] | None = None) -> None:
     """Runs the `main` of a script, with its arguments, and ends the process as a shell expects it.
 
-    What stdout's encoding lacks is written by its name, `\\N{GREEK SMALL LETTER GAMMA}`. What this project or the Hub
-    refuses is one line on stderr and exit code 1, if there are arguments, and without `--debug` among them. All other
-    errors have their traceback. Ctrl-C is exit code 130.
+    Characters that stdout's encoding lacks are written by name, `\\N{GREEK SMALL LETTER GAMMA}`. A refusal of this
+    project or the Hub is one line on stderr and exit code 1, unless there are no arguments, or `--debug` is among them.
+    Every other error keeps its traceback. Ctrl-C is exit code 130.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="namereplace")

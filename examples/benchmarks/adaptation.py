@@ -18,12 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from difffit_peft.files import write
-from difffit_peft.training.data import LatentDataset, encode_latents, load_labelled_images
+from difffit_peft.training.images import load_labelled_images
+from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
-from judge import Judge
+from features import FeatureNetwork
 from methods import trained
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
-import evaluate  # noqa: E402
+import evaluate_images  # noqa: E402
 
 EMOJI = EXAMPLES / "emoji"
 STYLES = ("noto", "twemoji", "openmoji")
@@ -77,10 +78,10 @@ class Bench:
     """Makes runs, and keeps what they gave: what was done once is not done again.
 
     Args:
-        folder: for runs, samples, encoded images and the judge.
+        folder: for runs, samples, encoded images and the feature network.
         attach: puts a method, by its name, on a transformer of the base, and returns the model to train.
-        judge_steps: for how long the judge is trained.
-        num_judged: images of each style that it is trained on.
+        feature_steps: for how long the feature network is trained.
+        num_feature_images: images of each style that it is trained on.
         max_samples: of the domains' training and held-out images each, for a short form; `None`: all.
     """
 
@@ -88,13 +89,13 @@ class Bench:
         self,
         folder: Path,
         attach: Callable[[str, DiTTransformer2DModel], nn.Module],
-        judge_steps: int,
-        num_judged: int,
+        feature_steps: int,
+        num_feature_images: int,
         max_samples: int | None = None,
     ) -> None:
         self.folder, self.attach = folder, attach
-        self.judge_steps, self.num_judged, self.max_samples = judge_steps, num_judged, max_samples
-        self._judges: dict[int, Judge] = {}
+        self.feature_steps, self.num_feature_images, self.max_samples = feature_steps, num_feature_images, max_samples
+        self._networks: dict[int, FeatureNetwork] = {}
         self._reals: dict[tuple[str, int], Tensor] = {}
         self._datasets: dict[tuple[str, int], tuple[Subset, Subset, LatentDataset]] = {}
 
@@ -108,9 +109,9 @@ class Bench:
         """What the run gives; it is made if it was not. Samples are kept beside, as one PNG of ten columns.
 
         Losses are those of the averaged weights at fixed noise; `fid`, `kid`, `precision` and `recall` as in
-        `examples/evaluate.py`, against the held-out images after the VAE. `cpu_seconds_per_step` counts the work of all
-        threads, which a busy machine changes less than it does `seconds_per_step`, the median. A run whose loss is
-        not finite gives {"diverged": why}.
+        `examples/evaluate_images.py`, against the held-out images after the VAE. `cpu_seconds_per_step` counts the work
+        of all threads, which a busy machine changes less than it does `seconds_per_step`, the median. A run whose loss
+        is not finite gives {"diverged": why}.
         """
         result = self.stored(run)
         if result is None:
@@ -121,14 +122,14 @@ class Bench:
 
     def prepare(self, resolution: int = 64) -> None:
         """Makes what runs share, so that processes that start together do not make it twice."""
-        self._judge(resolution)
+        self._network(resolution)
 
     def floor(self, run: Run) -> dict:
         """What training images would get in the place of the run's samples."""
         train, _, _ = self._dataset(run.domain, run.resolution)
         rows = train.indices[:: len(train) // run.num_images][: run.num_images]
         images = decoded(base(), train.dataset.mean[0, rows])
-        return evaluate.compare(self._real(run), self._judge(run.resolution).features(images))
+        return evaluate_images.compare(self._real(run), self._network(run.resolution).features(images))
 
     def _make(self, run: Run) -> dict:
         train, validation, test = self._dataset(run.domain, run.resolution)
@@ -167,8 +168,8 @@ class Bench:
             if run.num_images:
                 result["loss"] = loop.validation_loss(ConcatDataset([test] * 2), 50)
                 pipe.transformer = model.eval()
-                images = sample(pipe, evaluate.spread(test.labels, run.num_images), run)
-                result |= evaluate.compare(self._real(run), self._judge(run.resolution).features(images))
+                images = sample(pipe, evaluate_images.spread(test.labels, run.num_images), run)
+                result |= evaluate_images.compare(self._real(run), self._network(run.resolution).features(images))
                 pictures = DiTPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
                 grid = make_image_grid(pictures, len(pictures) // COLUMNS, COLUMNS)
                 write(self.folder / "samples" / f"{run.name}.png", lambda path: grid.save(path, format="PNG"))
@@ -205,24 +206,24 @@ class Bench:
         key = run.domain, run.resolution
         if key not in self._reals:
             images = decoded(base(), self._dataset(*key)[2].mean[0])
-            self._reals[key] = self._judge(run.resolution).features(images)
+            self._reals[key] = self._network(run.resolution).features(images)
         return self._reals[key]
 
-    def _judge(self, resolution: int) -> Judge:
-        if resolution not in self._judges:
-            judge = Judge(NUM_CLASSES, len(STYLES))
-            path = self.folder / f"judge-{resolution}px-{self.judge_steps}steps-{self.num_judged}.pt"
+    def _network(self, resolution: int) -> FeatureNetwork:
+        if resolution not in self._networks:
+            network = FeatureNetwork(NUM_CLASSES, len(STYLES))
+            path = self.folder / f"features-{resolution}px-{self.feature_steps}steps-{self.num_feature_images}.pt"
             if not path.exists():
                 set_seed(0)
-                latents = [self._encoded(f"{style}/train", resolution, self.num_judged) for style in STYLES]
+                latents = [self._encoded(f"{style}/train", resolution, self.num_feature_images) for style in STYLES]
                 images = torch.cat([decoded(base(), encoded.mean[0]) for encoded in latents])
                 classes = torch.cat([encoded.labels for encoded in latents])
                 styles = torch.cat([torch.full_like(encoded.labels, i) for i, encoded in enumerate(latents)])
-                judge = Judge(NUM_CLASSES, len(STYLES)).fit(images, classes, styles, self.judge_steps)
-                write(path, lambda partial: torch.save(judge.state_dict(), partial))
-            judge.load_state_dict(torch.load(path))
-            self._judges[resolution] = judge.eval().requires_grad_(False)
-        return self._judges[resolution]
+                network = FeatureNetwork(NUM_CLASSES, len(STYLES)).fit(images, classes, styles, self.feature_steps)
+                write(path, lambda partial: torch.save(network.state_dict(), partial))
+            network.load_state_dict(torch.load(path))
+            self._networks[resolution] = network.eval().requires_grad_(False)
+        return self._networks[resolution]
 
 
 def base() -> DiTPipeline:

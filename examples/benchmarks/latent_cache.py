@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.data import encode_latents, load_labelled_images, sample_latents, to_pixels
-from difffit_peft.training.draws import draw
+from difffit_peft.training.images import load_labelled_images, to_pixels
+from difffit_peft.training.latents import encode_latents
 from difffit_peft.training.losses import diffusion_loss
+from difffit_peft.training.sampling import draw, sample_latents
 from difffit_peft.training.scripts import run_script
 from diffusers import DDPMScheduler, DiTPipeline
 from peft import get_peft_model

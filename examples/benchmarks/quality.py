@@ -18,7 +18,7 @@ import methods
 from difffit_peft import DiffFitConfig, conditioning
 from difffit_peft.training.scripts import run_script
 from diffusers import DiTTransformer2DModel
-from judge import Judge
+from features import FeatureNetwork
 from peft import LoraConfig, get_peft_model
 from report import publish, table, target
 from study import MEASURES, Form, Rows, Study, cells, center, comparison_table, execute, plot, seeds, stored
@@ -73,8 +73,8 @@ LONG = Form(
     steps=200,
     sweep_steps=60,
     num_images=200,
-    judge_steps=800,
-    num_judged=1706,
+    feature_steps=800,
+    num_feature_images=1706,
     variants=tuple(name for name in CONFIGS if name not in OF_TABLE),
     factors=(10**0.5, 10**-0.5, 10.0, 0.1),
 )
@@ -85,8 +85,8 @@ SHORT = Form(
     steps=30,
     sweep_steps=0,
     num_images=40,
-    judge_steps=40,
-    num_judged=200,
+    feature_steps=40,
+    num_feature_images=200,
     max_samples=400,
     threads=2,
 )
@@ -154,10 +154,11 @@ def report(study: Study, folder: Path) -> None:
         "that of training, of the "
         "held-out images at fixed noise. Fréchet distance, KID, precision and recall: of "
         f"{form.num_images} samples, guidance {example.guidance_scale:g}, to the held-out images, by "
-        f"{Judge.num_features} features of a classifier of emoji (`judge.py`), real images having been through the "
-        "VAE. Distances of so few images compare methods, and mean nothing beside published ones. CPU seconds were "
-        "counted on a machine that may have been busy: for times see the section on training speed. BitFit and "
-        "DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them alone."
+        f"{FeatureNetwork.num_features} features of a classifier of emoji (`features.py`), real images having been "
+        "through the VAE. Distances of so few images compare methods, and mean nothing beside published ones. CPU "
+        "seconds were counted on a machine that may have been busy: for times see the section on training speed. "
+        "BitFit and DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them "
+        "alone."
     ]
     parts += [f"## {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
     if ablation := ablation_table(study, rows):

@@ -41,8 +41,8 @@ LONG = Form(
     sweep_steps=20,
     extensions=1,
     num_images=100,
-    judge_steps=200,
-    num_judged=400,
+    feature_steps=200,
+    num_feature_images=400,
     resolution=128,
     batch_size=8,
 )
@@ -53,8 +53,8 @@ SHORT = dataclasses.replace(
     steps=10,
     sweep_steps=0,
     num_images=10,
-    judge_steps=15,
-    num_judged=30,
+    feature_steps=15,
+    num_feature_images=30,
     max_samples=130,
     threads=2,
 )

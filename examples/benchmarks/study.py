@@ -40,7 +40,7 @@ class Form:
         extensions: how often a sweep whose best learning rate is at its edge goes on beyond it.
         variants: methods that are run at DiffFit's learning rate, with the first seed.
         factors: of DiffFit's learning rate, run with the first seed; the first two before `variants`.
-        judge_steps, num_judged, max_samples: see `adaptation.Bench`.
+        feature_steps, num_feature_images, max_samples: see `adaptation.Bench`.
         threads: of the process of each domain; the figures depend on them a little, so they are the same everywhere.
     """
 
@@ -50,8 +50,8 @@ class Form:
     steps: int
     sweep_steps: int
     num_images: int
-    judge_steps: int
-    num_judged: int
+    feature_steps: int
+    num_feature_images: int
     max_samples: int | None = None
     resolution: int = 64
     batch_size: int = 16
@@ -260,7 +260,7 @@ def execute(
     form = short if args.short else long
     torch.set_num_threads(form.threads)
     folder = args.work_dir or ROOT / ("runs/quality-short" if args.short else "runs/quality")
-    bench = Bench(folder, attach, form.judge_steps, form.num_judged, form.max_samples)
+    bench = Bench(folder, attach, form.feature_steps, form.num_feature_images, form.max_samples)
     study = Study(form, bench, args.mixed_precision)
     if args.domain:
         study.make(args.domain)

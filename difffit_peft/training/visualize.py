@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from ..files import write
+from .sampling import null_class
 
 
 def sample_grid(
@@ -34,12 +35,13 @@ def sample_grid(
     Raises:
         ValueError: for no pictures, or a class that the model's class table does not hold.
     """
-    null_class = pipe.transformer.config.num_embeds_ada_norm
-    wrong = [label for label in classes if not 0 <= label <= null_class]
+    null = null_class(pipe.transformer)
+    assert null is not None  # a DiTPipeline's transformer has one
+    wrong = [label for label in classes if not 0 <= label <= null]
     if wrong or not classes or num_images < 1:
         raise ValueError(
             f"Classes {wrong or classes} with {num_images} pictures each cannot be sampled: give classes from 0 to "
-            f"{null_class - 1}, and at least one picture."
+            f"{null - 1}, and at least one picture."
         )
     transformer = pipe.transformer
     training, device = transformer.training, transformer.device
@@ -59,7 +61,7 @@ def sample_grid(
 
 
 def label_rows(grid: PIL.Image.Image, names: list[str]) -> PIL.Image.Image:
-    """The grid with a name to the left of each of its rows; what no installed font can draw stands there in words."""
+    """The grid with a name to the left of each row. Characters that no installed font can draw are put in words."""
     side = grid.height // len(names)
     captions = [_drawable(name) for name in names]
     fonts = [PIL.ImageFont.truetype(path, max(10, side // 8)) for _, path in captions]

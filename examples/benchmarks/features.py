@@ -1,9 +1,9 @@
 """The network whose features the quality benchmarks compare images by: a small classifier of emoji.
 
-Inception, trained on photographs, says little about pictures of 64 pixels. This judge is trained to tell the class (of
-98) and the style (Noto, Twemoji or OpenMoji) of emoji that a target domain trains on, so that its features see both
-what is drawn and how. It never sees a picture held out. All its pictures have been through the base's VAE, as samples
-have: it cannot tell a sample from a real picture by what the VAE does to both.
+Inception is trained on photographs and says little about images of 64 pixels. This network learns to tell the class (of
+98) and the style (Noto, Twemoji or OpenMoji) of the emoji that a target domain trains on, so its features see both what
+is drawn and how. It never sees a held-out image. All its images have been through the base's VAE, as samples have: it
+cannot tell a sample from a real image by what the VAE does to both.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-class Judge(nn.Module):
+class FeatureNetwork(nn.Module):
     """Features of images.
 
     Args:
@@ -37,13 +37,13 @@ class Judge(nn.Module):
         """uint8 images (N, 3, side, side) to features (N, 64)."""
         return self.body(images.float() / 127.5 - 1)
 
-    def fit(self, images: Tensor, classes: Tensor, styles: Tensor, steps: int) -> "Judge":
+    def fit(self, images: Tensor, classes: Tensor, styles: Tensor, steps: int) -> "FeatureNetwork":
         """Trains on images (N, 3, side, side), uint8, shifted by up to a sixteenth of their side; labels are (N,)."""
         side = images.shape[-1]
         shift = side // 16
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-        for _ in tqdm(range(steps), desc="Judge"):
+        for _ in tqdm(range(steps), desc="Feature network"):
             rows = torch.randint(len(images), (128,))
             x, y = torch.randint(2 * shift + 1, (2,)).tolist()
             batch = F.pad(images[rows], (shift,) * 4, value=255)[:, :, y : y + side, x : x + side]

@@ -1,6 +1,6 @@
 """Samples images from a DiT, with or without an adapter, and compares them with real ones: FID, KID, precision, recall.
 
-    accelerate launch examples/evaluate.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
+    accelerate launch examples/evaluate_images.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
         --adapter food101 --dataset_name ethz/food101 --split validation --output_dir food101/evaluation
 
 Writes `report.json` and a grid of samples, `samples.png`, to `--output_dir`. Classes are drawn as often as the real
@@ -14,12 +14,13 @@ import argparse
 import importlib
 import importlib.util
 import json
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
@@ -29,8 +30,16 @@ from difffit_peft.class_names import classes_called
 from difffit_peft.config import parse_colour
 from difffit_peft.files import write
 from difffit_peft.hub import adapter_folder
-from difffit_peft.training.data import LabelledImages, load_labelled_images, to_pixels
-from difffit_peft.training.scripts import base_dtype, non_negative_int, positive_int, run_script
+from difffit_peft.training.arguments import (
+    add_base_arguments,
+    add_image_arguments,
+    latent_factor,
+    load_base,
+    load_images,
+    make_accelerator,
+)
+from difffit_peft.training.images import LabelledImages, to_pixels
+from difffit_peft.training.scripts import non_negative_int, positive_int, run_script
 from diffusers.utils import make_image_grid
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -48,35 +57,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, help="a DiTPipeline: Hub id or folder")
-    model.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
-    model.add_argument("--variant", help="variant of the base's files, such as fp16")
+    add_base_arguments(model)
     model.add_argument("--adapter", help="a DiffFit adapter: folder or Hub id; default: the base alone")
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
 
     real = parser.add_argument_group("real images")
-    real.add_argument("--dataset_name", help="a dataset on the Hub")
-    real.add_argument("--dataset_config_name", help="its configuration")
-    real.add_argument(
-        "--train_data_dir", help="one folder of images per class, a folder of parquet, or a .parquet file"
-    )
-    real.add_argument("--split", default="train", help="the split to compare with")
-    real.add_argument("--image_column", default="image")
-    real.add_argument("--label_column", default="label")
+    add_image_arguments(real)
     real.add_argument(
         "--background",
         help="colour behind transparent images: a name or #rrggbb; default: as the adapter says that it was trained, "
         "else white",
     )
-    real.add_argument(
-        "--skip_broken_images",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="leave them out, rather than stop",
-    )
-    real.add_argument("--max_train_samples", type=positive_int, help="so many real images, drawn with --seed")
-    real.add_argument("--dataloader_num_workers", type=non_negative_int, default=0)
-    real.add_argument("--cache_dir", help="for downloads; default: the Hugging Face cache")
 
     sampling = parser.add_argument_group("sampling and comparison")
     sampling.add_argument("--num_images", type=positive_int, default=5000)
@@ -248,60 +239,114 @@ def gather_features(
     return accelerator.gather(torch.cat(features))[:count]
 
 
-def main(args: argparse.Namespace) -> dict:
-    if args.num_images <= NEIGHBOURS:
-        raise ValueError(f"--num_images is {args.num_images}: recall needs {NEIGHBOURS + 1} images or more.")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    if not accelerator.is_local_main_process:
-        logging.getLogger("difffit_peft").setLevel(logging.ERROR)  # its warnings are the same in all processes
-    dtype = base_dtype(accelerator)
-    with accelerator.local_main_process_first():  # it downloads for the others
-        extractor = load_extractor(args.features).eval().requires_grad_(False).to(accelerator.device)
-    pipe = DiffFitDiTPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype={"transformer": dtype, "default": torch.float32},  # VAEs overflow in fp16
-    ).to(accelerator.device)
+def load_adapted(args: argparse.Namespace, accelerator: Accelerator) -> DiffFitDiTPipeline:
+    """The base, on the accelerator. It may have adapters of its own, but not beside `--adapter`."""
+    pipe = load_base(args, accelerator).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    own = pipe.get_list_adapters()
-    if args.adapter and own:
+    if args.adapter and pipe.get_list_adapters():
         raise ValueError(
             f"{args.pretrained_model_name_or_path} comes with adapters of its own: leave --adapter out, or name "
             "its base."
         )
-    data = load_labelled_images(
-        args.dataset_name,
-        args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        split=args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        max_classes=pipe.transformer.config.num_embeds_ada_norm,
-        max_samples=args.max_train_samples,
-        seed=args.seed,
-        cache_dir=args.cache_dir,
-    )
-    accelerator.print(data.summary())
-    if args.adapter:
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter_folder(args.adapter))
-    resolution = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    trained_on = next((c.background for c in active_configs(pipe) if getattr(c, "background", None)), "white")
-    background = args.background or trained_on
-    parse_colour(background)
-    real_images = RealImages(data.images, resolution, background)
-    if args.skip_broken_images:
-        kept = [row for row in range(len(data)) if real_images.can_be_read(row)]
-        accelerator.print(f"{len(data) - len(kept)} of {len(data)} real images cannot be read, and are left out.")
-        data = LabelledImages(data.images.select(kept), data.labels[kept], data.class_names)
-        real_images = RealImages(data.images, resolution, background)
-    if len(data) <= NEIGHBOURS:
-        raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
+    return pipe
+
+
+def readable(data: LabelledImages, images: RealImages) -> LabelledImages:
+    """Those of the images that can be read."""
+    kept = [row for row in range(len(data)) if images.can_be_read(row)]
+    return LabelledImages(data.images.select(kept), data.labels[kept], data.class_names)
+
+
+def num_features(args: argparse.Namespace, extractor: nn.Module, accelerator: Accelerator, resolution: int) -> int:
+    """How many features an image has. Refuses a network that gives something else than features."""
+    images = torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device)
     with torch.no_grad():
-        shape = extractor(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device)).shape
+        shape = extractor(images).shape
     if len(shape) != 2 or shape[0] != 2:
         raise ValueError(f"--features {args.features} gives {tuple(shape)} for two images: it must give (2, D).")
+    return shape[1]
+
+
+def sample(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: DiffFitDiTPipeline,
+    classes: list[int],
+    shown: dict[int, np.ndarray | None],
+) -> Iterator[Tensor]:
+    """Batches of this process's samples, uint8 (N, 3, resolution, resolution), one of each entry of `classes`.
+
+    Sets those entries of `shown` whose rows are among them.
+    """
+    rows = own_share(accelerator, args.num_images)
+    for batch in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)):
+        torch.manual_seed(args.seed + batch[0])  # for schedulers that draw noise of their own
+        images = pipe(
+            [classes[row] for row in batch],
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+            generator=[torch.Generator().manual_seed(args.seed + row) for row in batch],
+            output_type="np",
+        ).images
+        images = (images * 255).round().astype("uint8")
+        shown.update((row, image) for row, image in zip(batch, images, strict=True) if row in shown)
+        yield torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def write_report(output_dir: Path, report: dict[str, Any], images: list[np.ndarray]) -> None:
+    side = math.isqrt(len(images))
+    grid = make_image_grid([PIL.Image.fromarray(image) for image in images], side, side)
+    write(output_dir / "samples.png", lambda partial: grid.save(partial, format="PNG"))
+    text = json.dumps(report, indent=2) + "\n"
+    write(output_dir / "report.json", lambda partial: partial.write_text(text))
+
+
+def in_words(args: argparse.Namespace, report: dict[str, Any], own: list[str]) -> str:
+    """What was compared with what, and what came out. `own`: the adapters that the base came with."""
+    adapters = f"the adapter {args.adapter}" if args.adapter else "its own adapters" if own else "no adapter"
+    few = f" for lack of {KID_SUBSET} images" if report["kid_subset_size"] < KID_SUBSET else ""
+    return (
+        f"{args.num_images} images of {args.pretrained_model_name_or_path} with {adapters}, against "
+        f"{report['num_real_images']} real images of {args.dataset_name or args.train_data_dir} (split {args.split}) "
+        f"at {report['resolution']}x{report['resolution']}, transparency on {report['background']}, on "
+        f"{report['num_features']} features of {args.features}:\n"
+        f"FID {report['fid']:.4g}, KID {report['kid']:.4g} ± {report['kid_std']:.2g} (subsets of "
+        f"{report['kid_subset_size']}{few}), "
+        f"precision {report['precision']:.3f}, recall {report['recall']:.3f}\nReport: {args.output_dir / 'report.json'}"
+    )
+
+
+def load_real_images(
+    args: argparse.Namespace, accelerator: Accelerator, data: LabelledImages, resolution: int, background: str
+) -> tuple[LabelledImages, RealImages]:
+    """The real images, without those that cannot be read if they are to be skipped."""
+    parse_colour(background)
+    images = RealImages(data.images, resolution, background)
+    if args.skip_broken_images:
+        total, data = len(data), readable(data, images)
+        accelerator.print(f"{total - len(data)} of {total} real images cannot be read, and are left out.")
+        images = RealImages(data.images, resolution, background)
+    if len(data) <= NEIGHBOURS:
+        raise ValueError(f"There are {len(data)} real images: precision needs {NEIGHBOURS + 1} or more.")
+    return data, images
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    if args.num_images <= NEIGHBOURS:
+        raise ValueError(f"--num_images is {args.num_images}: recall needs {NEIGHBOURS + 1} images or more.")
+    accelerator = make_accelerator(args)
+    with accelerator.local_main_process_first():  # it downloads for the others
+        extractor = load_extractor(args.features).eval().requires_grad_(False).to(accelerator.device)
+    pipe = load_adapted(args, accelerator)
+    own = pipe.get_list_adapters()
+    data = load_images(args, accelerator, pipe)
+    if args.adapter:
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter_folder(args.adapter))
+    resolution = pipe.transformer.config.sample_size * latent_factor(pipe)
+    trained_on = next((c.background for c in active_configs(pipe) if getattr(c, "background", None)), "white")
+    background = args.background or trained_on
+    data, real_images = load_real_images(args, accelerator, data, resolution, background)
+    features = num_features(args, extractor, accelerator, resolution)
     classes = model_classes(data.class_names, pipe)
     if classes is None:
         accelerator.print("The model does not know the real images' classes by name: class i of theirs is its own i.")
@@ -311,34 +356,16 @@ def main(args: argparse.Namespace) -> dict:
     mine = own_share(accelerator, len(data))
     loader = DataLoader(Subset(real_images, mine), args.batch_size, num_workers=args.dataloader_num_workers)
     real = gather_features(accelerator, extractor, loader, len(data), "Real images")
-
     labels = spread(data.labels, args.num_images)
     side = math.isqrt(min(args.num_images, GRID))
-    shown = {i * args.num_images // side**2: None for i in range(side**2)}
-
-    def samples() -> Iterator[Tensor]:
-        rows = own_share(accelerator, args.num_images)
-        for batch in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)):
-            torch.manual_seed(args.seed + batch[0])  # for schedulers that draw noise of their own
-            images = pipe(
-                [labels[row] if classes is None else classes[labels[row]] for row in batch],
-                guidance_scale=args.guidance_scale,
-                num_inference_steps=args.num_inference_steps,
-                generator=[torch.Generator().manual_seed(args.seed + row) for row in batch],
-                output_type="np",
-            ).images
-            images = (images * 255).round().astype("uint8")
-            shown.update((row, image) for row, image in zip(batch, images, strict=True) if row in shown)
-            yield torch.from_numpy(images).permute(0, 3, 1, 2)
-
-    fake = gather_features(accelerator, extractor, samples(), args.num_images, "Sampling")
-    pictures = dict(gather_object([(row, image) for row, image in shown.items() if image is not None]))
-    report = [compare(real, fake, args.seed) if accelerator.is_main_process else {}]
-    broadcast_object_list(report)
-    report = {
-        **report[0],
+    shown = dict.fromkeys(i * args.num_images // side**2 for i in range(side**2))
+    samples = sample(args, accelerator, pipe, labels if classes is None else [classes[i] for i in labels], shown)
+    fake = gather_features(accelerator, extractor, samples, args.num_images, "Sampling")
+    images = dict(gather_object([(row, image) for row, image in shown.items() if image is not None]))
+    report = broadcast_object_list([compare(real, fake, args.seed) if accelerator.is_main_process else {}])[0]
+    report |= {
         "num_real_images": len(data),
-        "num_features": shape[1],
+        "num_features": features,
         "classes": "by index" if classes is None else "by name",
         "scheduler": type(pipe.scheduler).__name__,
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -346,20 +373,8 @@ def main(args: argparse.Namespace) -> dict:
         "background": background,
     }
     if accelerator.is_main_process:
-        grid = make_image_grid([PIL.Image.fromarray(pictures[row]) for row in shown], side, side)
-        write(args.output_dir / "samples.png", lambda partial: grid.save(partial, format="PNG"))
-        text = json.dumps(report, indent=2) + "\n"
-        write(args.output_dir / "report.json", lambda partial: partial.write_text(text))
-    adapters = f"the adapter {args.adapter}" if args.adapter else "its own adapters" if own else "no adapter"
-    few = f" for lack of {KID_SUBSET} images" if report["kid_subset_size"] < KID_SUBSET else ""
-    accelerator.print(
-        f"{args.num_images} images of {args.pretrained_model_name_or_path} with {adapters}, against {len(data)} real "
-        f"images of {args.dataset_name or args.train_data_dir} (split {args.split}) at {resolution}x{resolution}, "
-        f"transparency on {background}, on {shape[1]} features of {args.features}:\n"
-        f"FID {report['fid']:.4g}, KID {report['kid']:.4g} ± {report['kid_std']:.2g} (subsets of "
-        f"{report['kid_subset_size']}{few}), "
-        f"precision {report['precision']:.3f}, recall {report['recall']:.3f}\nReport: {args.output_dir / 'report.json'}"
-    )
+        write_report(args.output_dir, report, [images[row] for row in shown])
+    accelerator.print(in_words(args, report, own))
     return report
 
 

@@ -1,4 +1,4 @@
-"""What a training step draws at random, as a function of the seed and the step alone.
+"""Sampling of batches: what a training step draws at random, as a function of the seed and the step alone.
 
 Nothing is drawn from a generator that has a state, so a run that was killed goes on as if it had not been, and n
 processes with b samples each draw what one draws with n·b.
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,34 @@ def draw(
     )
     mine = slice(process * batch, (process + 1) * batch)
     return Draws(*(tensor[mine].to(device) for tensor in everyone))
+
+
+def null_class(model: nn.Module) -> int | None:
+    """The class that stands for any class, which guidance needs; `None` where a model has none."""
+    return next((module.num_classes for module in _label_embeddings(model)), None)
+
+
+def disable_label_dropout(model: nn.Module) -> None:
+    """Turns off the label dropout of a model's own, which has a state and which every block may draw anew."""
+    for module in _label_embeddings(model):
+        module.dropout_prob = 0.0
+
+
+def _label_embeddings(model: nn.Module) -> list[LabelEmbedding]:
+    return [module for module in model.modules() if isinstance(module, LabelEmbedding)]
+
+
+def sample_latents(mean: Tensor, std: Tensor, view: Tensor, noise: Tensor) -> Tensor:
+    """A latent for every sample of a batch: a draw from the posterior of one of its views.
+
+    Args:
+        mean: shape (batch, views, channels, height, width), as `LatentDataset` gives it.
+        std: the same.
+        view: shape (batch,), which view to take: `Draws.view`.
+        noise: shape (batch, channels, height, width), standard normal: `Draws.posterior`.
+
+    Returns:
+        float32 of shape (batch, channels, height, width).
+    """
+    rows = torch.arange(len(mean), device=mean.device)
+    return mean[rows, view].float() + std[rows, view].float() * noise
