@@ -31,23 +31,6 @@ def is_supported(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D, *_CONVOLUTIONS)) or is_norm(layer)
 
 
-def parameter_shapes(
-    layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, low_rank: bool = False
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of what an adapter puts on a layer, or of the rows that it trains in a class table, by their names."""
-    if isinstance(layer, nn.Embedding):
-        rows = layer.num_embeddings if config.num_classes is None else config.num_classes + 1
-        return {"difffit_delta": (rows, layer.embedding_dim)}
-    inputs, outputs = _features(layer)
-    shapes = {
-        "difffit_gamma": gamma and _value_shape(layer),
-        "difffit_delta": delta and _value_shape(layer),
-        "difffit_A": low_rank and (config.r, inputs),
-        "difffit_B": low_rank and (outputs, config.r),
-    }
-    return {name: shape for name, shape in shapes.items() if shape}
-
-
 class DiffFitLayer(nn.Module, BaseTunerLayer):
     """Puts γ and δ, one value per output channel each, on the output of a frozen layer.
 
@@ -88,12 +71,26 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
 
-    def update_layer(self, adapter_name: str, config: DiffFitConfig, **kinds: bool) -> None:
-        """Adds an adapter: `gamma`, `delta` and `low_rank` as asked for.
+    @staticmethod
+    def shapes(
+        layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of what an adapter puts on `layer`, by their names."""
+        inputs, outputs = _features(layer)
+        shapes = {
+            "difffit_gamma": gamma and _value_shape(layer),
+            "difffit_delta": delta and _value_shape(layer),
+            "difffit_A": rank and (rank, inputs),
+            "difffit_B": rank and (outputs, rank),
+        }
+        return {name: shape for name, shape in shapes.items() if shape}
+
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, **target: Any) -> None:
+        """Adds an adapter: `gamma`, `delta` and a change of `rank` as asked for (see `targets.Target`).
 
         It starts from γ = 1, δ = 0 and B = 0, or from random values if `config.init_weights` is False.
         """
-        for kind, shape in parameter_shapes(self.get_base_layer(), config, **kinds).items():
+        for kind, shape in self.shapes(self.get_base_layer(), config, **target).items():
             getattr(self, kind)[adapter_name] = nn.Parameter(_initial(kind, shape, config.init_weights))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_scale(adapter_name, 1)
@@ -213,25 +210,25 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name not in self.merged_adapters]
         held = [name for name in names if name in self._get_available_adapters()]
         if held:
-            merged = self.check_merge(held, safe_merge)
+            self.check_mergeable()
+            layer = self.get_base_layer()
+            merged = self._merged(self._base(), [*self.merged_adapters, *held])
+            merged = {name: tensor.to(getattr(layer, name).dtype) for name, tensor in merged.items()}
+            if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
+                raise ValueError(f"Merging {held} gives values that are not finite: the adapter seems to be broken.")
             self._unmerged = self._base()
             self._write(merged)
         self.merged_adapters = self.merged_adapters + names
 
-    def check_merge(self, names: list[str], safe_merge: bool = False) -> dict[str, Tensor]:
-        """The tensors that merging these adapters would write; raises what `merge` would raise."""
-        layer = self.get_base_layer()
-        if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
+    def check_mergeable(self) -> None:
+        """Raises `ValueError` if the base's weights are quantised or sharded."""
+        weight = self.get_base_layer().weight
+        if type(weight.data) is not Tensor or not weight.is_floating_point():
             raise ValueError(
-                f"Cannot merge into {type(layer).__name__}, whose weights are quantised or sharded "
-                f"({type(layer.weight.data).__name__}, {layer.weight.dtype}): keep the adapter unmerged, or load the "
-                "base in a floating point type first."
+                f"Cannot merge into {type(self.get_base_layer()).__name__}, whose weights are quantised or sharded "
+                f"({type(weight.data).__name__}, {weight.dtype}): keep the adapter unmerged, or load the base in a "
+                "floating point type first."
             )
-        merged = self._merged(self._base(), [*self.merged_adapters, *names])
-        merged = {name: tensor.to(getattr(layer, name).dtype) for name, tensor in merged.items()}
-        if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
-            raise ValueError(f"Merging {names} gives values that are not finite: the adapter seems to be broken.")
-        return merged
 
     def unmerge(self) -> None:
         """Puts the base layer's own tensors back, to the last bit."""
