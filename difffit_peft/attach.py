@@ -11,8 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .class_rows import DiffFitEmbedding
-from .config import FORMAT_VERSION, DiffFitConfig, listed, nearest, short
-from .families import FAMILIES, Family, family_of
+from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
+from .families import Family, family_of
 from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported
 from .targets import Layer, Target, plan, spelled_out
@@ -46,11 +46,6 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     return planned
 
 
-def restore(model: nn.Module, merged: bool) -> None:
-    """Undoes `prepare` on a model whose adapters are gone or, if `merged`, part of its weights."""
-    family_of(model).restore(model, merged)
-
-
 def layer_class(layer: nn.Module) -> type[DiffFitLayer]:
     """The class that puts an adapter on a layer."""
     return DiffFitEmbedding if isinstance(layer, nn.Embedding) else DiffFitLayer
@@ -81,14 +76,12 @@ def _facts_of_base(
     config: DiffFitConfig, model: nn.Module, family: Family, adapters: dict[str, PeftConfig]
 ) -> dict[str, Any]:
     """What the config is to say of this base; raises if it speaks of another."""
-    side = family.sample_size(model)
+    base = family.facts(model)
+    side = base.get("sample_size")
     if side is None and config.sample_size is not None:
-        movable = [name for name, known in FAMILIES.items() if type(known).sample_size is not Family.sample_size]
         raise ValueError(
-            f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents, only "
-            f"{listed(movable)} can. Leave it out."
+            f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents. Leave it out."
         )
-    base = family.facts(model) | ({} if side is None else {"sample_size": side})
     expected = config.base_config or base
     differing = [name for name in expected if expected[name] != base.get(name)]
     if differing:
@@ -98,11 +91,9 @@ def _facts_of_base(
             + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new "
             "adapter from a new DiffFitConfig."
         )
-    if not base:
-        return {}
-    facts: dict[str, Any] = {"base_config": base}
-    name = getattr(model.config, "_name_or_path", None)
-    if config.base_model_name_or_path is None and name:
+    facts: dict[str, Any] = {"base_config": base} if base else {}
+    name = getattr(model.config, "_name_or_path", None) if base else None
+    if name and config.base_model_name_or_path is None:
         facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
     if side is None:
         return facts

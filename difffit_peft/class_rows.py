@@ -33,14 +33,10 @@ class DiffFitEmbedding(DiffFitLayer):
 
         Where K is given and `config.init_class_rows` is "null", each class starts as the null class, else as it was.
         """
+        super().update_layer(adapter_name, config, **target)
         table, classes = self._base()["weight"], config.num_classes
-        shape = self.shapes(self.get_base_layer(), config)["difffit_delta"]
-        rows = torch.zeros(shape) if config.init_weights else torch.randn(shape)
         if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
-            rows[:-1] = table[-1].float() - table[:classes].float()
-        self.difffit_delta[adapter_name] = nn.Parameter(rows)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_scale(adapter_name, 1)
+            self.difffit_delta[adapter_name].data[:-1] = table[-1].float() - table[:classes].float()
 
     def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
         if adapter_name not in self.difffit_delta:

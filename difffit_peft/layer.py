@@ -60,10 +60,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = _features(self.get_base_layer())
-        self.difffit_gamma = nn.ParameterDict()
-        self.difffit_delta = nn.ParameterDict()
-        self.difffit_A = nn.ParameterDict()
-        self.difffit_B = nn.ParameterDict()
+        for kind in self.adapter_layer_names:
+            setattr(self, kind, nn.ParameterDict())
         self.strength: dict[str, Tensor] = {}  # 0-dim, one per adapter
         self._scaled: set[str] = set()  # the adapters whose strength is not 1
         self.merged_adapters: list[str] = []
@@ -77,13 +75,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     ) -> dict[str, tuple[int, ...]]:
         """The shapes of what an adapter puts on `layer`, by their names."""
         inputs, outputs = _features(layer)
-        shapes = {
-            "difffit_gamma": gamma and _value_shape(layer),
-            "difffit_delta": delta and _value_shape(layer),
-            "difffit_A": rank and (rank, inputs),
-            "difffit_B": rank and (outputs, rank),
-        }
-        return {name: shape for name, shape in shapes.items() if shape}
+        wanted = {"difffit_gamma": gamma, "difffit_delta": delta}
+        shapes = {name: _value_shape(layer) for name, is_wanted in wanted.items() if is_wanted}
+        return shapes | ({"difffit_A": (rank, inputs), "difffit_B": (outputs, rank)} if rank else {})
 
     def update_layer(self, adapter_name: str, config: DiffFitConfig, **target: Any) -> None:
         """Adds an adapter: `gamma`, `delta` and a change of `rank` as asked for (see `targets.Target`).
@@ -114,15 +108,18 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample of the batch.
-
-        Raises:
-            ValueError: if there are not as many adapters as samples, or adapters are merged.
-        """
+        """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample, while none is merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
+        if adapter_names is not None and len(x) != len(adapter_names):
+            sizes = f"{len(adapter_names)} and {len(x)}"
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {sizes} respectively."
+            )
+        if adapter_names is not None and self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, adapter_names, *args, **kwargs)
@@ -185,17 +182,6 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             return value
         return _at(kind, value, self.strength[adapter_name])
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active adapters, or those named, into the base layer: W' = γ(W + B A), b' = γ(b + δ).
 
@@ -222,12 +208,12 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def check_mergeable(self) -> None:
         """Raises `ValueError` if the base's weights are quantised or sharded."""
-        weight = self.get_base_layer().weight
-        if type(weight.data) is not Tensor or not weight.is_floating_point():
+        layer = self.get_base_layer()
+        if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
             raise ValueError(
-                f"Cannot merge into {type(self.get_base_layer()).__name__}, whose weights are quantised or sharded "
-                f"({type(weight.data).__name__}, {weight.dtype}): keep the adapter unmerged, or load the base in a "
-                "floating point type first."
+                f"Cannot merge into {type(layer).__name__}, whose weights are quantised or sharded "
+                f"({type(layer.weight.data).__name__}, {layer.weight.dtype}): keep the adapter unmerged, or load the "
+                "base in a floating point type first."
             )
 
     def unmerge(self) -> None:
@@ -270,12 +256,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         Channels come last, or, in convolutions and some norms, before the dimensions of space.
         """
         layer = self.get_base_layer()
-        shape = _value_shape(layer)
-        space = 0
-        if isinstance(layer, _CONVOLUTIONS):
-            space = len(layer.kernel_size)
-        elif isinstance(layer, _CHANNELS_FIRST_NORMS):
-            space = y.dim() - 2
+        shape, space = _value_shape(layer), 0
+        if isinstance(layer, (*_CONVOLUTIONS, *_CHANNELS_FIRST_NORMS)):
+            space = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else y.dim() - 2
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)

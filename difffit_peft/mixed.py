@@ -14,8 +14,9 @@ from peft.tuners.mixed.model import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attach import prepare, restore
+from .attach import prepare
 from .config import DiffFitConfig
+from .families import family_of
 from .merging import merge_layers, names_to_merge
 from .model import DiffFitModel
 
@@ -80,5 +81,5 @@ class DiffFitMixedModel(MixedModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        restore(model, merged=merge)
+        family_of(model).restore(model, merged=merge)
         return model

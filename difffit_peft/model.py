@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .attach import check_weight_names, layer_class, named_layers, prepare, restore
+from .attach import check_weight_names, layer_class, named_layers, prepare
 from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
@@ -241,11 +241,16 @@ class DiffFitModel(BaseTuner):
             ValueError: if one of them is unknown, named twice or cannot be merged, or if adapters are disabled. Nothing
                 is then changed.
         """
-        names = names_to_merge(self, adapter_names)
-        layers = self._difffit_layers()
-        if all({*names} <= {*layer.merged_adapters} for layer in layers):
+        before = [layer.merged_adapters for layer in self._difffit_layers()]
+        self._merge(adapter_names, safe_merge)
+        if before == [layer.merged_adapters for layer in self._difffit_layers()]:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-        merge_layers(dict.fromkeys(layers, names), safe_merge)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        self._check_merge_allowed()
+        names = names_to_merge(self, adapter_names)
+        merge_layers(dict.fromkeys(self._difffit_layers(), names), safe_merge)
+        return names
 
     def _difffit_layers(self) -> list[DiffFitLayer]:
         return [module for module in self.modules() if isinstance(module, DiffFitLayer)]
@@ -259,15 +264,14 @@ class DiffFitModel(BaseTuner):
     ) -> nn.Module:
         names = None
         if merge:
-            to_merge = names_to_merge(self, adapter_names)
-            merge_layers(dict.fromkeys(self._difffit_layers(), to_merge), safe_merge)
-            names = names_of_adapters(self.peft_config[name] for name in to_merge)
+            merged = self._merge(adapter_names, safe_merge)
+            names = names_of_adapters(self.peft_config[name] for name in merged)
         else:
             for layer in self._difffit_layers():
                 if layer.merged:
                     layer.unmerge()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        restore(model, merged=merge)
+        family_of(model).restore(model, merged=merge)
         if names is not None:
             keep_names(model, names)
         return model

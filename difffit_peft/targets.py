@@ -17,21 +17,13 @@ from .families import Family
 
 @dataclass(frozen=True)
 class Layer:
-    """What is needed to know of a layer.
+    """What is needed to know of a layer."""
 
-    Attributes:
-        kind: the name of its class.
-        bias: whether it has a bias.
-        norm: whether it is an affine norm.
-        max_rank: the highest rank of a change of its weight. 0: none goes on such a layer.
-        num_classes: of a class table, without the null class. `None`: it is no class table.
-    """
-
-    kind: str
+    kind: str  # the name of its class
     bias: bool = False
-    norm: bool = False
-    max_rank: int = 0
-    num_classes: int | None = None
+    norm: bool = False  # an affine one
+    max_rank: int = 0  # of a change of its weight; 0: none goes on such a layer
+    num_classes: int | None = None  # of a class table, without the null class
 
 
 @dataclass(frozen=True)
@@ -48,11 +40,7 @@ def plan(
 ) -> dict[str, Target]:
     """What each layer gets, by name, without the layers that get nothing.
 
-    Args:
-        layers: by name, in the order of the model.
-        family: of the model.
-        model: what messages call it.
-        excluded: names of layers to leave alone, beside those the config excludes.
+    `model` is what messages call the model; `excluded` are layers to leave alone beside those the config excludes.
 
     Raises:
         ValueError: if a field of `config` does not fit the model, naming what would.
@@ -75,13 +63,14 @@ def plan(
     if config.low_rank_modules is None:
         low_rank &= targets
 
-    planned = {}
-    for name, layer in others.items():
-        planned[name] = Target(
+    planned = {
+        name: Target(
             gamma=name in gammas or (layer.norm and name in targets),
             delta=layer.bias and name in targets,
             rank=config.r if name in low_rank else 0,
         )
+        for name, layer in others.items()
+    }
     for name, layer in tables.items():
         if config.num_classes is not None and config.num_classes > (layer.num_classes or 0):
             raise ValueError(

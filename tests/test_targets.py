@@ -46,7 +46,9 @@ def test_the_general_rule():
 
 def test_a_familys_presets():
     targets = planned(HALF, r=2)
-    assert having("gamma", targets) - inside("norm", *DOUBLE, *SINGLE) == inside("q", "double.0", "single.0", "single.1")
+    assert having("gamma", targets) - inside("norm", *DOUBLE, *SINGLE) == inside(
+        "q", "double.0", "single.0", "single.1"
+    )
     assert targets["double.1.proj"] == Target(delta=True, rank=2)
     assert having("rank", targets) == inside("proj", *DOUBLE, *SINGLE)
 

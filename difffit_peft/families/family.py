@@ -11,10 +11,6 @@ from torch import nn
 from ..layer import is_supported
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Family:
     """Where things are in a model. The methods do nothing unless a family says otherwise.
@@ -39,23 +35,18 @@ class Family:
         return self
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        """What must agree between an adapter and its base, as JSON can hold it."""
+        """What must agree between an adapter and its base.
+
+        Where the model can be moved, "sample_size" is the latent side it was trained at, wherever it is now.
+        """
         return {}
 
-    def sample_size(self, model: nn.Module) -> int | None:
-        """The latent side the base was trained at, wherever it is now. `None`: it cannot be moved to another."""
-        return None
-
     def move_to(self, model: nn.Module, sample_size: int) -> None:
-        """Moves the model to latents of another side; its own moves it back.
-
-        Raises:
-            ValueError: if the model cannot work at that side. It is then as it was.
-        """
+        """Moves the model to latents of another side, or raises `ValueError` and leaves it as it was."""
 
     def prepare(self, model: nn.Module) -> Callable[[], None]:
         """Makes the model ready for adapters. Returns what undoes that."""
-        return _nothing
+        return lambda: None
 
     def restore(self, model: nn.Module, merged: bool) -> None:
         """Undoes `prepare` and `move_to` when the adapters are gone or, if `merged`, are part of the weights."""

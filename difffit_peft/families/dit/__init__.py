@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ..family import Family, _nothing
+from ..family import Family
 from . import conditioning, resolution
 
 _FACTS = (
@@ -44,16 +44,13 @@ class DiT(Family):
         return replace(self, gamma_modules=("norm1.linear",), gamma_share=1.0) if version == 0 else self
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        return {name: model.config[name] for name in _FACTS}
-
-    def sample_size(self, model: nn.Module) -> int:
-        return resolution.base_sample_size(model)
+        return {name: model.config[name] for name in _FACTS} | {"sample_size": resolution.base_sample_size(model)}
 
     def move_to(self, model: nn.Module, sample_size: int) -> None:
         resolution.set_sample_size(model, sample_size)
 
     def prepare(self, model: nn.Module) -> Callable[[], None]:
-        return partial(conditioning.unshare, model) if conditioning.share(model) else _nothing
+        return partial(conditioning.unshare, model) if conditioning.share(model) else super().prepare(model)
 
     def restore(self, model: nn.Module, merged: bool) -> None:
         base_sample_size = resolution.base_sample_size(model)
@@ -64,7 +61,7 @@ class DiT(Family):
                 f"The merged model works at sample_size={model.config.sample_size} in memory, but Diffusers does "
                 f"not store that its positions are those of {base_sample_size}: saved and loaded again it would "
                 "compute others. Keep the adapter unmerged on disk.",
-                stacklevel=5,
+                stacklevel=4,
             )
         conditioning.unshare(model)
 
