@@ -133,6 +133,7 @@ def test_a_merge_that_fails_changes_nothing(dit, inputs, verb, merged):
     after = model.state_dict()
     assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)
     model.unmerge_adapter()
+    after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in make_dit_under(model).items())
 
 
