@@ -31,23 +31,6 @@ def is_supported(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D, *_CONVOLUTIONS)) or is_norm(layer)
 
 
-def parameter_shapes(
-    layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, low_rank: bool = False
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of what an adapter puts on a layer, or of the rows that it trains in a class table, by their names."""
-    if isinstance(layer, nn.Embedding):
-        rows = layer.num_embeddings if config.num_classes is None else config.num_classes + 1
-        return {"difffit_delta": (rows, layer.embedding_dim)}
-    inputs, outputs = _features(layer)
-    shapes = {
-        "difffit_gamma": gamma and _value_shape(layer),
-        "difffit_delta": delta and _value_shape(layer),
-        "difffit_A": low_rank and (config.r, inputs),
-        "difffit_B": low_rank and (outputs, config.r),
-    }
-    return {name: shape for name, shape in shapes.items() if shape}
-
-
 class DiffFitLayer(nn.Module, BaseTunerLayer):
     """Puts γ and δ, one value per output channel each, on the output of a frozen layer.
 
@@ -77,10 +60,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = _features(self.get_base_layer())
-        self.difffit_gamma = nn.ParameterDict()
-        self.difffit_delta = nn.ParameterDict()
-        self.difffit_A = nn.ParameterDict()
-        self.difffit_B = nn.ParameterDict()
+        for kind in self.adapter_layer_names:
+            setattr(self, kind, nn.ParameterDict())
         self.strength: dict[str, Tensor] = {}  # 0-dim, one per adapter
         self._scaled: set[str] = set()  # the adapters whose strength is not 1
         self.merged_adapters: list[str] = []
@@ -88,12 +69,22 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
 
-    def update_layer(self, adapter_name: str, config: DiffFitConfig, **kinds: bool) -> None:
-        """Adds an adapter: `gamma`, `delta` and `low_rank` as asked for.
+    @staticmethod
+    def shapes(
+        layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of what an adapter puts on `layer`, by their names."""
+        inputs, outputs = _features(layer)
+        wanted = {"difffit_gamma": gamma, "difffit_delta": delta}
+        shapes = {name: _value_shape(layer) for name, is_wanted in wanted.items() if is_wanted}
+        return shapes | ({"difffit_A": (rank, inputs), "difffit_B": (outputs, rank)} if rank else {})
+
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, **target: Any) -> None:
+        """Adds an adapter: `gamma`, `delta` and a change of `rank` as asked for (see `targets.Target`).
 
         It starts from γ = 1, δ = 0 and B = 0, or from random values if `config.init_weights` is False.
         """
-        for kind, shape in parameter_shapes(self.get_base_layer(), config, **kinds).items():
+        for kind, shape in self.shapes(self.get_base_layer(), config, **target).items():
             getattr(self, kind)[adapter_name] = nn.Parameter(_initial(kind, shape, config.init_weights))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_scale(adapter_name, 1)
@@ -117,15 +108,18 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample of the batch.
-
-        Raises:
-            ValueError: if there are not as many adapters as samples, or adapters are merged.
-        """
+        """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample, while none is merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
+        if adapter_names is not None and len(x) != len(adapter_names):
+            sizes = f"{len(adapter_names)} and {len(x)}"
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {sizes} respectively."
+            )
+        if adapter_names is not None and self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, adapter_names, *args, **kwargs)
@@ -188,17 +182,6 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             return value
         return _at(kind, value, self.strength[adapter_name])
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active adapters, or those named, into the base layer: W' = γ(W + B A), b' = γ(b + δ).
 
@@ -213,13 +196,18 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name not in self.merged_adapters]
         held = [name for name in names if name in self._get_available_adapters()]
         if held:
-            merged = self.check_merge(held, safe_merge)
+            self.check_mergeable()
+            layer = self.get_base_layer()
+            merged = self._merged(self._base(), [*self.merged_adapters, *held])
+            merged = {name: tensor.to(getattr(layer, name).dtype) for name, tensor in merged.items()}
+            if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
+                raise ValueError(f"Merging {held} gives values that are not finite: the adapter seems to be broken.")
             self._unmerged = self._base()
             self._write(merged)
         self.merged_adapters = self.merged_adapters + names
 
-    def check_merge(self, names: list[str], safe_merge: bool = False) -> dict[str, Tensor]:
-        """The tensors that merging these adapters would write; raises what `merge` would raise."""
+    def check_mergeable(self) -> None:
+        """Raises `ValueError` if the base's weights are quantised or sharded."""
         layer = self.get_base_layer()
         if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
             raise ValueError(
@@ -227,11 +215,6 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
                 f"({type(layer.weight.data).__name__}, {layer.weight.dtype}): keep the adapter unmerged, or load the "
                 "base in a floating point type first."
             )
-        merged = self._merged(self._base(), [*self.merged_adapters, *names])
-        merged = {name: tensor.to(getattr(layer, name).dtype) for name, tensor in merged.items()}
-        if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
-            raise ValueError(f"Merging {names} gives values that are not finite: the adapter seems to be broken.")
-        return merged
 
     def unmerge(self) -> None:
         """Puts the base layer's own tensors back, to the last bit."""
@@ -273,12 +256,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         Channels come last, or, in convolutions and some norms, before the dimensions of space.
         """
         layer = self.get_base_layer()
-        shape = _value_shape(layer)
-        space = 0
-        if isinstance(layer, _CONVOLUTIONS):
-            space = len(layer.kernel_size)
-        elif isinstance(layer, _CHANNELS_FIRST_NORMS):
-            space = y.dim() - 2
+        shape, space = _value_shape(layer), 0
+        if isinstance(layer, (*_CONVOLUTIONS, *_CHANNELS_FIRST_NORMS)):
+            space = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else y.dim() - 2
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)

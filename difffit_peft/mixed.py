@@ -1,26 +1,24 @@
 """DiffFit beside LoRA and its kin in one `PeftMixedModel`.
 
-PEFT 0.21 keeps the methods that can be mixed in closed lists; `register` adds DiffFit to them. Adapters on one layer
-nest in the order they were added: DiffFit over LoRA is γ ⊙ (W x + b + B A x + δ), LoRA over DiffFit is
-γ ⊙ (W x + b + δ) + B A x.
+Adapters on one layer nest in the order they were added: DiffFit over LoRA is γ ⊙ (W x + b + B A x + δ), LoRA over
+DiffFit is γ ⊙ (W x + b + δ) + B A x.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Union
+from typing import Any
 
-import peft.mixed_model
 from peft import PeftConfig
-from peft.tuners import mixed
 from peft.tuners.mixed.model import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
 from torch import nn
 
+from .attach import prepare
 from .config import DiffFitConfig
-from .layer import DiffFitLayer
-from .model import DiffFitModel, names_to_merge, prepare, restore
+from .families import family_of
+from .merging import merge_layers, names_to_merge
+from .model import DiffFitModel
 
 
 class DiffFitMixedModel(MixedModel):
@@ -33,7 +31,7 @@ class DiffFitMixedModel(MixedModel):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if isinstance(peft_config, DiffFitConfig):
-            self._plan, self._excluded = prepare(peft_config, self.model, self.peft_config)
+            self._planned = prepare(peft_config, self.model, self.peft_config)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         if isinstance(peft_config, DiffFitConfig):
@@ -65,18 +63,11 @@ class DiffFitMixedModel(MixedModel):
         nested = [layer for layer in layers if isinstance(layer.base_layer, BaseTunerLayer)]
         if pending and any(layer.merged or layer.base_layer.merged for layer in nested):
             raise ValueError("Adapters are merged already: call unmerge_adapter() first, then merge all at once.")
-        merged_before = {id(layer): list(layer.merged_adapters) for layer in layers}
-        try:
-            for layer in reversed(layers if pending else []):  # a module comes before what it contains
-                own = [name for name in names if name in layer._get_available_adapters()]
-                layer.merge(adapter_names=own, safe_merge=safe_merge)
-        except Exception:
-            for layer in layers:
-                if layer.merged_adapters != merged_before[id(layer)]:
-                    layer.unmerge()
-                    if merged_before[id(layer)]:
-                        layer.merge(adapter_names=merged_before[id(layer)])
-            raise
+        if pending:  # a module comes before what it contains
+            merge_layers(
+                {layer: [n for n in names if n in layer._get_available_adapters()] for layer in layers[::-1]},
+                safe_merge,
+            )
 
     def _unload_and_optionally_merge(
         self,
@@ -90,17 +81,5 @@ class DiffFitMixedModel(MixedModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        restore(model, merged=merge)
+        family_of(model).restore(model, merged=merge)
         return model
-
-
-def register() -> None:
-    """Adds DiffFit to the methods that `PeftMixedModel` takes (peft 0.21 has no hook for it)."""
-    if PeftType.DIFFFIT in mixed.COMPATIBLE_TUNER_TYPES:
-        return
-    mixed.COMPATIBLE_TUNER_TYPES += (PeftType.DIFFFIT,)
-    mixed.model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
-    mixed.model.PREFIXES.append(DiffFitModel.prefix)
-    mixed.model.Configs = Union[mixed.model.Configs, DiffFitConfig]  # noqa: UP007
-    mixed.model.Layers += (DiffFitLayer,)
-    peft.mixed_model.MixedModel = DiffFitMixedModel

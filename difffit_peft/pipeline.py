@@ -32,7 +32,7 @@ from .hub import (
     save_adapter,
 )
 from .layer import DiffFitLayer
-from .model import check_names
+from .merging import check_names
 
 _ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
 

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.conditioning import is_shared
+from difffit_peft.families.dit.conditioning import is_shared
 
 EMOJI = Path(__file__).resolve().parent.parent / "examples/emoji"
 

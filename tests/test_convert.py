@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
-from difffit_peft.convert import convert_original_to_peft, convert_peft_to_original
+from difffit_peft.families.dit.convert import convert_original_to_peft, convert_peft_to_original
 
 PUBLISHED = ["bias", "norm", "gamma", "y_embed"]
 GAMMAS = ["attn.gamma1", "attn.gamma2", "gamma1", "gamma2"]  # those of MinimaxDiffusion and Diffusion-Tuning

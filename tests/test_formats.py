@@ -1,15 +1,17 @@
 """Adapters saved before configs had a format version load as they were; what is saved now names what it is.
 
-The adapters in `data/adapters` are of commit df155b6, whose preset had γ on `norm1.linear` in all blocks. The outputs
-beside them are what that commit computed, for `inputs` below.
+The adapters in `data/adapters` are of commit df155b6, whose preset had γ on `norm1.linear` in all blocks, but the last
+two of `CONFIGS`, which commit 48aa731 saved. The outputs beside them are what these computed, for `inputs` below.
 """
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dit, make_pipeline
+from conftest import make_dit, make_pipeline, randomise
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -28,6 +30,9 @@ CONFIGS = {
     "rank-1": ADALN | {"num_classes": 2, "r": 1, "low_rank_modules": ["attn1.to_out.0", "ff.net.2"]},
     "published": {"num_classes": 2, "gamma_modules": PUBLISHED, "gamma_layers": [0, 1]},
     "sample-size": ADALN | {"num_classes": 2, "sample_size": 8},
+    "classes-rank-1": {"num_classes": 2, "r": 1, "low_rank_modules": ["attn1.to_out.0", "ff.net.2"]}
+    | {"gamma_modules": PUBLISHED, "gamma_layers": [0, 1]},
+    "preset-sample-size": {"num_classes": 2, "sample_size": 8, "gamma_modules": PUBLISHED, "gamma_layers": [0, 1]},
 }
 
 
@@ -117,3 +122,40 @@ def test_an_adapter_of_a_newer_format_is_refused(tmp_path):
     with pytest.warns(UserWarning, match="of_the_future"), pytest.raises(ValueError, match="upgrade it"):
         PeftModel.from_pretrained(dit, tmp_path)
     assert [name for name, _ in dit.named_modules()] == before
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "gamma_modules", "low_rank_modules"])
+@pytest.mark.parametrize("name", ["rank-1", "classes-rank-1"])
+def test_a_file_with_a_regular_expression_is_refused(name, field, tmp_path):
+    file = shutil.copytree(ADAPTERS / name, tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: "(a+)+$"}))
+    dit = make_dit(**DIMENSIONS)
+    before = [module for module, _ in dit.named_modules()]
+    for load in (
+        lambda: PeftModel.from_pretrained(dit, file.parent),
+        lambda: DiffFitConfig.from_pretrained(file.parent),
+        lambda: PeftConfig.from_pretrained(file.parent),
+    ):
+        with pytest.raises(ValueError, match=rf"{field}='\(a\+\)\+\$': a config in a file must list names"):
+            load()
+    assert [module for module, _ in dit.named_modules()] == before
+
+
+def test_what_is_saved_holds_names_in_the_place_of_expressions(tmp_path):
+    given = {
+        "target_modules": r".*(attn1|pos_embed).*",
+        "exclude_modules": r".*\.1\..*",
+        "gamma_modules": r".*to_q",
+        "low_rank_modules": r".*\.0\.attn1\.to_k",
+    }
+    model = get_peft_model(make_dit(**DIMENSIONS), replace(DiffFitConfig(**given, r=1)))
+    randomise(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert all(isinstance(saved[field], list) and saved[field] for field in given)
+    again = loads_with_peft(tmp_path)
+    assert torch.equal(output(again, {}), output(model, {}))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and not any(".1." in name for name in trained)
+    copy = get_peft_model(make_dit(**DIMENSIONS), replace(model.peft_config["default"], init_weights=True))
+    assert [name for name, p in copy.named_parameters() if p.requires_grad] == trained

@@ -16,7 +16,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from difffit_peft import DiffFitConfig, hotswap_adapter
+from difffit_peft import DiffFitConfig, DiffFitLayer, hotswap_adapter
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -107,6 +107,68 @@ def test_merges_of_no_adapter_and_of_one_twice(dit, inputs):
     with pytest.raises(ValueError, match="name each adapter once"):
         model.base_model.set_adapter(["a", "a"])
     assert torch.equal(outputs(model, inputs), expected)
+
+
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("merged", [[], ["a"]])
+def test_a_merge_that_fails_changes_nothing(dit, inputs, verb, merged):
+    model = get_peft_model(dit, DiffFitConfig(r=1), "a").eval()
+    model.add_adapter("b", DiffFitConfig(r=1))
+    spread(model, "a", 1), spread(model, "b", 2)
+    model.base_model.set_adapter(["a", "b"])
+    model.base_model.model.proj_out_2.difffit_delta["b"].data[0] = float("nan")  # of the last layer
+    if merged:
+        model.merge_adapter(merged)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    computed = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, DiffFitLayer):
+            one = layer._merged
+            layer._merged = lambda *args, name=name, one=one: computed.append(name) or one(*args)
+    with pytest.raises(ValueError, match=r"Merging .*'b'\] gives values that are not finite"):
+        getattr(model, verb)(adapter_names=["a", "b"], safe_merge=True)
+    assert len(computed) > 20
+    layers = [layer for layer in model.modules() if isinstance(layer, DiffFitLayer)]
+    assert all(layer.merged_adapters == merged for layer in layers)
+    after = model.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in make_dit_under(model).items())
+
+
+def make_dit_under(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The base's tensors by the names they have in `model`."""
+    base, plain = make_dit().state_dict(), {}
+    for name in model.state_dict():
+        own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if own in base:
+            plain[name] = base[own]
+    assert len(plain) > 20
+    return plain
+
+
+def test_a_merge_computes_each_tensor_once(dit):
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3)).eval()
+    computed = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, DiffFitLayer):
+            one = layer._merged
+            layer._merged = lambda *args, name=name, one=one: computed.append(name) or one(*args)
+    model.merge_and_unload(safe_merge=True)
+    assert len(computed) == len({*computed}) > 20
+
+
+def test_a_base_that_cannot_be_merged_is_refused_before_any_layer_is(dit):
+    model = get_peft_model(dit, DiffFitConfig()).eval()
+    last = model.base_model.model.proj_out_2
+    last.base_layer.weight = torch.nn.Parameter(last.base_layer.weight.data.to(torch.int8), requires_grad=False)
+    computed = []
+    first = model.base_model.model.pos_embed.proj
+    first._merged = lambda *args: computed.append(args)
+    with pytest.raises(ValueError, match="Cannot merge into Linear, whose weights are quantised or sharded"):
+        model.merge_adapter()
+    assert not computed and not first.merged
 
 
 def test_what_a_verb_says_it_says_once(saved):

@@ -1,9 +1,10 @@
 """The methods that the benchmarks compare, made ready to train by one function: `adapt`.
 
 All of them train the paper's model: one timestep and class embedder, evaluated once per forward, in the place of the
-copies that Diffusers keeps in every block (`difffit_peft.conditioning`). DiffFit does that by itself. The others get it
-too, so that what is compared is the methods and not Diffusers' layout, which would cost them the evaluation of a copy
-per block and draw label dropout anew in each, and would have full fine-tuning train 28 class tables.
+copies that Diffusers keeps in every block (`difffit_peft.families.dit.conditioning`). DiffFit does that by itself. The
+others get it too, so that what is compared is the methods and not Diffusers' layout, which would cost them the
+evaluation of a copy per block and draw label dropout anew in each, and would have full fine-tuning train 28 class
+tables.
 
 What each trains:
 
@@ -31,7 +32,8 @@ import copy
 from typing import Any
 
 import torch
-from difffit_peft import DiffFitConfig, conditioning
+from difffit_peft import DiffFitConfig
+from difffit_peft.families.dit import conditioning
 from diffusers import DiTTransformer2DModel
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import adaptation
 import methods
-from difffit_peft import DiffFitConfig, conditioning
+from difffit_peft import DiffFitConfig
+from difffit_peft.families.dit import conditioning
 from difffit_peft.training.scripts import run_script
 from diffusers import DiTTransformer2DModel
 from features import FeatureNetwork

@@ -16,7 +16,7 @@ from pathlib import Path
 import adaptation
 import methods
 from difffit_peft import DiffFitConfig
-from difffit_peft.resolution import set_sample_size
+from difffit_peft.families.dit.resolution import set_sample_size
 from difffit_peft.training.scripts import run_script
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed

@@ -46,9 +46,9 @@ from diffusers import DiTTransformer2DModel
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from ...config import DiffFitConfig, nearest
+from ...layer import DiffFitLayer
 from . import conditioning, resolution
-from .config import DiffFitConfig, nearest
-from .layer import DiffFitLayer
 
 # Layers of the original, and the layers of Diffusers that hold their rows, in this order.
 _TABLE = "y_embedder.embedding_table"

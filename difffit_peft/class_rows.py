@@ -9,31 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DiffFitConfig
-from .layer import DiffFitLayer, parameter_shapes
+from .layer import DiffFitLayer
 
 
 class DiffFitEmbedding(DiffFitLayer):
     """δ on rows of a class table: rows 0..K-1, the new domain's classes, and the last row, the null class.
 
-    The table keeps its size, so that the null class stays where `DiTPipeline` looks for it. Other rows are the base's.
+    The table keeps its size, so that the null class stays where pipelines look for it. Other rows are the base's.
     `difffit_delta[name]` has shape (K + 1, channels), the null row last: what each row differs by from the base's row
     of the same index. So the rule of `DiffFitLayer` holds for rows too: strength 0 is the base's row, and adapters of
     strengths 0.8 and 0.2 blend their classes of one index. There is no γ.
     """
 
-    def update_layer(self, adapter_name: str, config: DiffFitConfig, **kinds: bool) -> None:
+    @staticmethod
+    def shapes(
+        layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
+    ) -> dict[str, tuple[int, ...]]:
+        rows = layer.num_embeddings if config.num_classes is None else config.num_classes + 1
+        return {"difffit_delta": (rows, layer.embedding_dim)}
+
+    def update_layer(self, adapter_name: str, config: DiffFitConfig, **target: Any) -> None:
         """Adds an adapter of K = `config.num_classes` classes, or of all the table's.
 
         Where K is given and `config.init_class_rows` is "null", each class starts as the null class, else as it was.
         """
+        super().update_layer(adapter_name, config, **target)
         table, classes = self._base()["weight"], config.num_classes
-        shape = parameter_shapes(self.get_base_layer(), config)["difffit_delta"]
-        rows = torch.zeros(shape) if config.init_weights else torch.randn(shape)
         if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
-            rows[:-1] = table[-1].float() - table[:classes].float()
-        self.difffit_delta[adapter_name] = nn.Parameter(rows)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_scale(adapter_name, 1)
+            self.difffit_delta[adapter_name].data[:-1] = table[-1].float() - table[:classes].float()
 
     def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
         if adapter_name not in self.difffit_delta:
