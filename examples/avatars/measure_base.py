@@ -1,7 +1,6 @@
 """How good the bundled base is, and how it became so: distances and recognised samples over the steps of its training.
 
     python examples/avatars/measure_base.py --steps runs/avatars/base/step-*  # the pipelines that train_base.py left
-    python examples/avatars/measure_base.py                                   # the bundled one alone
 
 Samples of every class are compared with as many held-out pictures of it. Their Fréchet distance stands beside that of
 other real pictures, by the features of EfficientNet-Lite0 and by those of a classifier of the base's styles and the
@@ -26,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=Path, nargs="+", default=[HERE / "base"], help="pipelines, in their order")
+    parser.add_argument("--steps", type=Path, nargs="+", required=True, help="pipelines, in their order")
     parser.add_argument("--output_dir", type=Path, default=HERE.parents[1] / "docs/results")
     parser.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
     parser.add_argument("--per_class", type=int, default=25, help="samples of each class")

@@ -280,7 +280,7 @@ def write(trained: DiTTransformer2DModel, vae: AutoencoderKL, scheduler: DDIMSch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE / "base")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/avatars/pipeline"))
     parser.add_argument("--work_dir", type=Path, default=Path("runs/avatars/base"), help="checkpoints and previews")
     parser.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
     parser.add_argument("--vae_init", help="an AutoencoderKL of the same widths to start from")
@@ -298,7 +298,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.num_threads)
 
-    twemoji = load_dataset("parquet", data_files=str(HERE / "data/twemoji/train.parquet"), split="train")
+    twemoji = load_dataset("parquet", data_files=str(HERE.parent / "emoji/data/twemoji/train.parquet"), split="train")
     styles = [pictures(style, 5000, cache_dir=args.cache_dir) for style in BASE]
     vae = train_vae([*styles, np.stack(list(twemoji.with_format("numpy")["image"]))], args)
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
