@@ -111,7 +111,7 @@ def test_trained_pushed_and_loaded_in_fresh_processes(api, tmp_path):
     def python(*command: str, cache: str, **environment: str) -> str:
         environment = {"HF_HOME": str(tmp_path / cache), "OMP_NUM_THREADS": "1"} | environment
         process = subprocess.run(
-            [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, timeout=600
         )
         assert process.returncode == 0, process.stderr[-3000:]
         assert TOKEN not in process.stdout + process.stderr
