@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import difffit_peft
 from difffit_peft import DiffFitConfig, DiffFitLayer
-from difffit_peft.hub import base_model_id, base_parameters
+from difffit_peft.publishing import base_model_id, base_parameters
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
 
