@@ -1,5 +1,6 @@
-"""How often the weights of an adapter are opened: once to check them, and once more where PEFT loads them itself."""
+"""What is read of an adapter: its weights are opened once to check them, and once more where PEFT loads them itself."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,3 +52,14 @@ def test_weights_are_opened_once_and_a_second_time_by_peft(folder, opened):
     assert count(lambda: DiffFitConfig.from_pretrained(folder)) == 1
     assert count(lambda: PeftModel.from_pretrained(model, folder)) == 2
     assert count(lambda: pipe.transformer.load_adapter(folder, "third")) == 2
+
+
+def test_an_adapter_for_another_task_is_not_for_a_pipeline(folder):
+    pipe = DiffFitDiTPipeline.from_pretrained(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "CAUSAL_LM"}))
+    with pytest.raises(ValueError, match="task_type is CAUSAL_LM there and None here"):
+        pipe.load_difffit_weights(folder, "default_0", hotswap=True)
+    with pytest.raises(ValueError, match="task_type=CAUSAL_LM: this adapter is for another task than a pipeline's"):
+        pipe.load_difffit_weights(folder, "second")
+    assert pipe.get_list_adapters() == ["default_0"]
