@@ -4,10 +4,11 @@ from . import noise  # noqa: F401 (before PEFT)
 
 from .plugin import register as _register  # isort: skip (checks PEFT's version first)
 from .config import DiffFitConfig
+from .families.dit.pipeline import DiffFitDiTPipeline
 from .hotswap import hotswap_adapter
 from .layer import DiffFitLayer
+from .loader import DiffFitLoaderMixin
 from .model import DiffFitModel
-from .pipeline import DiffFitDiTPipeline, DiffFitLoaderMixin
 
 _register()
 

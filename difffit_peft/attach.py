@@ -13,8 +13,8 @@ from torch import nn
 from .class_rows import DiffFitEmbedding
 from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_of
-from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm, is_supported
+from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 
 _MAX_UPSCALING = 16  # an adapter from a stranger must not ask for any amount of memory
@@ -92,7 +92,7 @@ def _facts_of_base(
             "adapter from a new DiffFitConfig."
         )
     facts: dict[str, Any] = {"base_config": base} if base else {}
-    name = getattr(model.config, "_name_or_path", None) if base else None
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if name and config.base_model_name_or_path is None:
         facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
     if side is None:
@@ -111,9 +111,9 @@ def _facts_of_base(
 
 def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Module) -> None:
     """Refuses a file whose weights are not those of the plan."""
-    if config._shapes_in_file is None:
+    if config.weight_shapes is None:
         return
-    planned = {}
+    planned: dict[str, tuple[int, ...]] = {}
     for name, target in targets.items():
         module = model.get_submodule(name)
         layer = getattr(module, "get_base_layer", lambda m=module: m)()
@@ -122,7 +122,7 @@ def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Mod
     saved = tuple(f".{module}." for module in config.modules_to_save or ())
     found = {  # peft would write any other weights to the base
         name.removeprefix("base_model.model."): shape
-        for name, shape in config._shapes_in_file.items()
+        for name, shape in config.weight_shapes.items()
         if ".difffit_" in name or not any(module in f".{name}" for module in saved)
     }
     check_weight_names({*planned}, {*found})

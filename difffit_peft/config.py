@@ -8,14 +8,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 import PIL.ImageColor
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
-
-from .hub import adapter_folder, check_adapter_file, read_adapter_config
+from peft.utils import PeftType
 
 _MAX_ENTRIES = 2**12  # of a list in a config, which may come from a stranger
 
@@ -100,10 +97,9 @@ class DiffFitConfig(PeftConfig):
     )
     format_version: int | None = field(default=None, metadata={"help": "Format of the saved config; leave it out."})
 
-    # Names and shapes of the weights in the file this config was loaded beside, checked before a model is changed.
-    _shapes_in_file = None
-
     def __post_init__(self) -> None:
+        # Of an adapter that was read: the shapes of its weights. A model compares them before it is changed.
+        self.weight_shapes: dict[str, tuple[int, ...]] | None = None
         if self.format_version is None:  # a config that names the PEFT it was saved by comes from a file
             self.format_version = 0 if self.peft_version else FORMAT_VERSION
         for name in ("r", "num_classes", "sample_size", "format_version"):
@@ -159,19 +155,14 @@ class DiffFitConfig(PeftConfig):
                 not finite, or if fields of the config are given, which the file would write over.
             HfHubHTTPError: of `huggingface_hub`, if it cannot be downloaded.
         """
+        from . import reading  # it imports this module
+
         hub, _, _ = cls._split_kwargs(kwargs)
         if fields := kwargs.keys() & cls.__dataclass_fields__.keys() - hub.keys():
             raise ValueError(f"{sorted(fields)}: load the config first, and then set its fields.")
-        folder = adapter_folder(pretrained_model_name_or_path, subfolder, **hub)
-        config = super().from_pretrained(str(folder))
-        weights = folder / SAFETENSORS_WEIGHTS_NAME
-        config._shapes_in_file = check_adapter_file(weights) if weights.is_file() else None
-        return config
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Reads an `adapter_config.json`; raises `ValueError` for a file that is none."""
-        return read_adapter_config(Path(path_json_file))
+        folder = reading.adapter_folder(pretrained_model_name_or_path, subfolder, **hub)
+        has_weights = (folder / reading.SAFETENSORS_WEIGHTS_NAME).is_file()
+        return reading.read_adapter(folder)[0] if has_weights else reading.read_config(folder)
 
     def _check_classes(self) -> None:
         if self.init_class_rows not in ("null", "base"):
@@ -232,7 +223,9 @@ def parse_colour(name: str) -> tuple[int, int, int]:
     except (ValueError, TypeError):
         colour = (0, 0, 0, 0)
     if len(colour) != 3:
-        raise ValueError(f"background is {short(name)}, which is no colour: give a name such as white, or #rrggbb.")
+        raise ValueError(
+            f"background is {short(name)}, which is not a valid colour: give a name such as white, or #rrggbb."
+        )
     return colour
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from torch import nn
 
 from .config import DiffFitConfig
-from .hub import adapter_folder, check_has_weights
 from .layer import DiffFitLayer
+from .reading import adapter_folder, read_adapter
 
 
 def hotswap_adapter(
@@ -25,7 +24,7 @@ def hotswap_adapter(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> None:
-    """Puts the values of a saved adapter in the place of those of a loaded one, which keeps its name and strength.
+    """Puts the values of a saved adapter in the place of those of a loaded one, which keeps its name and scale.
 
     The counterpart of `peft.utils.hotswap.hotswap_adapter`, which knows LoRA alone. Tensors are written in place:
     `torch.compile` compiles nothing anew, and an optimiser keeps its parameters.
@@ -60,13 +59,11 @@ def hotswap_adapter(
         local_files_only=local_files_only,
         force_download=force_download,
     )
-    check_has_weights(folder)
-    new = DiffFitConfig.from_pretrained(str(folder))
-    weights = load_peft_weights(str(folder), device="cpu")
+    new, weights = read_adapter(folder)
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     differing = [
         f"{field} is {getattr(new, field)} there and {getattr(old, field)} here"
-        for field in ("base_config", "sample_size")
+        for field in ("task_type", "base_config", "sample_size")
         if getattr(new, field) != getattr(old, field)
     ] + [
         f"{name} has shape {[*weights[name].shape] if name in weights else None} there and "

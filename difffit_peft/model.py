@@ -19,9 +19,9 @@ from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
 from .families import family_of
-from .hub import base_model_id
 from .layer import DiffFitLayer, is_norm
 from .merging import check_names, merge_layers, names_to_merge
+from .publishing import base_model_id
 from .targets import exactly, matching
 
 

@@ -29,7 +29,7 @@ from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.class_names import classes_called
 from difffit_peft.config import parse_colour
 from difffit_peft.files import write
-from difffit_peft.hub import adapter_folder
+from difffit_peft.reading import adapter_folder
 from difffit_peft.training.arguments import (
     add_base_arguments,
     add_image_arguments,

@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 from difffit_peft import DiffFitConfig
-from difffit_peft.hub import base_parameters
+from difffit_peft.publishing import base_parameters
 from difffit_peft.training.scripts import positive_int, run_script
 from diffusers import DiTTransformer2DModel
 from peft import get_peft_model, get_peft_model_state_dict

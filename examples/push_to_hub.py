@@ -9,7 +9,7 @@ import argparse
 import torch
 from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.hub import check_push
+from difffit_peft.publishing import check_push
 from difffit_peft.training.scripts import non_negative_int, positive_int, run_script
 from difffit_peft.training.visualize import label_rows, sample_grid
 

@@ -35,7 +35,7 @@ from accelerate.utils import (
 )
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 from difffit_peft.files import write
-from difffit_peft.hub import base_parameters, check_push, push_adapter, save_adapter
+from difffit_peft.publishing import base_parameters, check_push, push_adapter, save_adapter
 from difffit_peft.training.arguments import (
     add_base_arguments,
     add_image_arguments,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import difffit_peft
 from difffit_peft import DiffFitConfig, DiffFitLayer
-from difffit_peft.hub import base_model_id, base_parameters
+from difffit_peft.publishing import base_model_id, base_parameters
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
 
@@ -238,7 +238,10 @@ def test_models_without_a_preset():
         ({"modules_to_save": "proj_out_2"}, "must be a list of module names"),
         ({"gamma_modules": "("}, "is not a regular expression"),
         ({"target_modules": [1]}, "must be a list of at most 4096 module names"),
-        ({"background": "sky"}, "background is 'sky', which is no colour: give a name such as white, or #rrggbb"),
+        (
+            {"background": "sky"},
+            "background is 'sky', which is not a valid colour: give a name such as white, or #rrggbb",
+        ),
         ({"r": -1}, "r=-1: must be an integer, 0 for no change of low rank"),
         ({"r": 1.0}, "r=1.0: must be an integer"),
         ({"low_rank_modules": ["to_q"]}, "low_rank_modules=['to_q']: give a rank too, such as r=1"),
@@ -320,7 +323,7 @@ def test_a_truncated_file_is_refused(adapter, keep, dit, inputs):
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     before = state(dit)
-    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated, or is not a safetensors file"):
         PeftModel.from_pretrained(dit, adapter)
     assert_equal(state(dit), before)
 

@@ -13,7 +13,7 @@ from diffusers import DiTPipeline
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, DiffFitLoaderMixin
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 from difffit_peft.class_names import class_indices, classes_called, join_names, split_names
 from difffit_peft.training.visualize import label_rows, sample_grid
 
@@ -250,10 +250,11 @@ def test_pipelines_of_the_same_parts(folder, pipe):
 
 
 def test_a_pipeline_class_of_ones_own(folder):
-    class Own(DiffFitLoaderMixin, DiTPipeline):
+    class Own(DiffFitDiTPipeline):
         pass
 
     pipe = Own.from_pretrained(folder / "base")
+    assert type(pipe) is Own
     base = DiTPipeline.from_pretrained(folder / "base").labels
     assert pipe.labels == base
     pipe.transformer = attached(pipe, folder / "fox")

@@ -90,7 +90,7 @@ def test_transparency_is_composited_on_another_colour(colour):
 
 @pytest.mark.parametrize("colour", ["sky", "", "ffffff", "#ffffff80"])
 def test_unknown_colours_are_refused(colour):
-    with pytest.raises(ValueError, match=f"background is '{colour}', which is no colour.*#rrggbb"):
+    with pytest.raises(ValueError, match=f"background is '{colour}', which is not a valid colour.*#rrggbb"):
         parse_colour(colour)
 
 
@@ -667,7 +667,7 @@ def test_latents_show_the_background(tmp_path, load, vae):
     mean, _, _ = encode_latents(vae, data, SIDE, tmp_path, background="blue")[0]
     pixels = torch.tensor([-1.0, -1, 1]).view(1, 3, 1, 1).expand(-1, -1, SIDE, SIDE)
     torch.testing.assert_close(mean[0].float(), 0.5 * vae.encode(pixels).latent_dist.mean[0], rtol=2e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="'sky', which is no colour"):
+    with pytest.raises(ValueError, match="'sky', which is not a valid colour"):
         encode_latents(vae, data, SIDE, tmp_path / "other", background="sky")
     assert not (tmp_path / "other").exists()
 

@@ -261,7 +261,7 @@ def test_an_adapter_without_names_is_not_mapped_by_the_bases(script, workdir):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--background", "sky"], "background is 'sky', which is no colour"),
+        (["--background", "sky"], "background is 'sky', which is not a valid colour"),
         (["--num_images", "3"], "--num_images is 3.*4 images or more"),
         pytest.param(
             ["--mixed_precision", "fp16"],

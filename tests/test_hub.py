@@ -31,7 +31,7 @@ from peft import PeftModel, get_peft_model
 from PIL import ImageChops, ImageStat
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
-from difffit_peft.hub import check_push, push_adapter
+from difffit_peft.publishing import check_push, push_adapter
 from difffit_peft.training.scripts import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -654,5 +654,5 @@ def test_hostile_revisions_of_the_base(trained, tmp_path, revision):
     trained.save_difffit_weights(tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": revision}))
-    with pytest.raises(ValueError, match="of its base, which is none"):
+    with pytest.raises(ValueError, match="of its base, which is not a valid revision"):
         DiffFitDiTPipeline.from_pretrained(tmp_path)

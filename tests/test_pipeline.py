@@ -89,15 +89,15 @@ def test_blending_and_switching(folder, pipe):
     assert pipe.get_active_adapters() == ["fox", "art"] and "fox" in pipe.labels
 
 
-def test_strengths_are_numbers_of_any_kind(folder, pipe):
+def test_scales_are_numbers_of_any_kind(folder, pipe):
     for name in ("fox", "art"):
         pipe.load_difffit_weights(folder / name, name)
     pipe.set_adapters(["fox", "art"], [0.5, 0.25])
     expected = images(pipe)
     halves = (np.float32(0.5), torch.tensor(0.25)), np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])
-    for strengths in halves:
+    for scales in halves:
         pipe.set_adapters(["fox", "art"], 1.0)
-        pipe.set_adapters(["fox", "art"], strengths)
+        pipe.set_adapters(["fox", "art"], scales)
         assert torch.equal(images(pipe), expected)
     pipe.set_adapters(["fox", "art"], torch.tensor(0.5))
     assert not torch.equal(images(pipe), expected)
@@ -486,9 +486,7 @@ def test_wrong_names_and_weights(folder, pipe):
         lambda: pipe.set_adapters(["fox", "fix"]): "Did you mean 'fox'?",
         lambda: pipe.set_adapters([]): "at least one",
         lambda: pipe.set_adapters(["fox", "fox"]): "each adapter once",
-        lambda: pipe.set_adapters(
-            {"fox": 0.1}
-        ): r"Strengths go apart, as in set_adapters\(\['a', 'b'\], \[0.8, 0.2\]\)",
+        lambda: pipe.set_adapters({"fox": 0.1}): r"Scales go apart, as in set_adapters\(\['a', 'b'\], \[0.8, 0.2\]\)",
         lambda: pipe.delete_adapters({"fox": 0.1}): "a string or a list of strings",
         lambda: pipe.fuse_difffit({"fox": 0.1}): "a string or a list of strings",
         lambda: pipe.fuse_difffit([]): "at least one",

@@ -22,6 +22,7 @@ class Family:
             up.
         low_rank_modules: the endings, in every block, that get a change of low rank where a config asks for one.
         class_table: ending of the name of the `nn.Embedding` of classes, whose last row is the null class.
+        pipeline: name of the class of this package that is a pipeline of such a model, if there is one.
     """
 
     blocks: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class Family:
     gamma_share: float = 1.0
     low_rank_modules: tuple[str, ...] | None = None
     class_table: str | None = None
+    pipeline: str | None = None
 
     def of_format(self, version: int | None) -> Family:
         """The family with the presets that configs of this format mean."""

@@ -38,6 +38,7 @@ class DiT(Family):
     gamma_share: float = 0.5
     low_rank_modules: tuple[str, ...] | None = ("attn1.to_out.0", "ff.net.2")
     class_table: str | None = "class_embedder.embedding_table"
+    pipeline: str | None = "DiffFitDiTPipeline"
 
     def of_format(self, version: int | None) -> Family:
         # the preset of format 0: γ on what adaLN computes, in every block

@@ -1,0 +1,244 @@
+"""`DiffFitDiTPipeline`: Diffusers' `DiTPipeline` with DiffFit adapters, and the names of their classes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiTPipeline
+from huggingface_hub import HfApi, create_repo, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
+from ...files import write
+from ...loader import DiffFitLoaderMixin
+from ...publishing import save_adapter
+from ...reading import adapter_folder, cached_commit, check_base_model_id, hub_file, local_path, read_adapter
+
+_ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
+
+
+class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
+    """`DiTPipeline` with DiffFit adapters.
+
+        pipe = DiffFitDiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
+        pipe.load_difffit_weights("me/dit-food101", adapter_name="food")
+        images = pipe(pipe.get_label_ids("ramen")).images
+
+    Class names and sample size are those of the active adapter, and the base's again after unloading.
+    """
+
+    _base_id2label: dict[int, str] = {}
+
+    @functools.wraps(DiTPipeline.__init__)  # type: ignore[misc]  # Diffusers reads the parameters and their types
+    def __init__(self, transformer: Any, vae: Any, scheduler: Any, id2label: dict[int, str] | None = None) -> None:
+        super().__init__(transformer, vae, scheduler)
+        names = names_of_base(transformer) if id2label is None else id2label
+        if names is not None:
+            # JSON's indices are strings
+            self._base_id2label = dict(sorted((int(index), name) for index, name in names.items()))
+            keep_names(transformer, self._base_id2label)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes that the transformer has now, however its adapters got there.
+
+        They are those of the first active adapter that has any, else the base's. New classes of an adapter without
+        names have none.
+        """
+        layer = next((m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)), None)
+        active = [] if layer is None or layer.disable_adapters else layer.merged_adapters or layer.active_adapters
+        names = names_of_adapters(self.transformer.peft_config[name] for name in active)
+        return self._base_names() if names is None else names
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class indices by name, as `DiTPipeline` has them. What is assigned are the names of the base."""
+        return split_names(self.id2label)
+
+    @labels.setter
+    def labels(self, labels: dict[str, int]) -> None:
+        self._base_id2label = join_names(labels)
+        if labels:  # DiTPipeline's constructor assigns {} first
+            keep_names(self.transformer, self._base_id2label)
+
+    def _base_names(self) -> dict[int, str]:
+        kept = names_of_base(self.transformer)
+        return self._base_id2label if kept is None else kept
+
+    def __call__(self, class_labels: list[int], *args: Any, **kwargs: Any) -> Any:
+        """As `DiTPipeline` does, but guided by the base's own null class, where that one takes class 1000 for it."""
+        null = self.transformer.config.num_embeds_ada_norm
+        if null == 1000:
+            return super().__call__(class_labels, *args, **kwargs)
+
+        def with_null_class(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            labels = kwargs["class_labels"].clone()
+            labels[len(class_labels) :] = null  # the second half, where there is guidance
+            return args, kwargs | {"class_labels": labels}
+
+        handle = self.transformer.register_forward_pre_hook(with_null_class, with_kwargs=True)
+        try:
+            return super().__call__(class_labels, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffFitDiTPipeline:
+        """Loads a pipeline, or the base of an adapter and the adapter.
+
+        What `save_pretrained` or `push_to_hub` wrote comes with its adapters. Of an adapter (a folder or Hub id without
+        `model_index.json`, or with `subfolder`), the base and its revision are those its config names. `revision` and
+        `subfolder` are then the adapter's; other keyword arguments go to the base.
+
+        Raises:
+            ValueError: if it is neither, or an adapter that names no base, or one that is no id of the Hub.
+            HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
+        """
+        path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
+        hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
+        revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
+        local = local_path(path, revision)
+        if local is not None:
+            is_pipeline = (local / cls.config_name).is_file()
+        else:
+            try:
+                index = hub_file(path, cls.config_name, revision=revision, **hub)
+                is_pipeline, revision = True, cached_commit(index) or revision  # all files of one commit
+            except EntryNotFoundError:
+                is_pipeline = False
+        if subfolder or not is_pipeline:
+            config, weights = read_adapter(adapter_folder(path, subfolder, revision, **hub))
+            if not config.base_model_name_or_path:
+                raise ValueError(
+                    f"{path} is an adapter that names no base: load the base with from_pretrained, and then "
+                    f"load_difffit_weights({path!r})."
+                )
+            base, revision = check_base_model_id(config.base_model_name_or_path, config.revision)
+            pipe = super().from_pretrained(base, revision=revision, **kwargs)
+            pipe._attach(config, weights, "default_0")
+            return pipe
+        pipe = super().from_pretrained(path if local is None else str(local), revision=revision, **kwargs)
+        if local is None:  # Diffusers downloads the parts alone
+            wanted = [cls.config_name, f"{_ADAPTERS}/*.json", f"{_ADAPTERS}/*.safetensors"]
+            local = Path(snapshot_download(path, revision=revision, allow_patterns=wanted, **hub))
+        adapters = sorted(folder for folder in (local / _ADAPTERS).glob("*") if folder.is_dir())
+        for folder in adapters:
+            pipe.load_difffit_weights(folder, folder.name)
+        state = local / _ADAPTERS / "active.json"
+        if adapters and state.is_file():
+            active = json.loads(state.read_text())
+            if not isinstance(active, dict):
+                raise ValueError(f"{state} holds a {type(active).__name__}, not an object of names and scales.")
+            if active:
+                pipe.set_adapters(list(active), list(active.values()))
+            else:
+                pipe.disable_difffit()
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiTPipeline, **kwargs: Any) -> DiffFitDiTPipeline:
+        """A `DiffFitDiTPipeline` of another pipeline's parts, or of those in `kwargs`, which stay in their dtypes.
+
+        `dtype` casts them.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if isinstance(pipeline, DiffFitDiTPipeline):
+            names = pipeline._base_names()
+        else:
+            kept = names_of_base(pipeline.transformer)
+            names = join_names(pipeline.labels) if kept is None else kept
+        pipe = cls(**{**pipeline.components, "id2label": names, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if dtype is not None:
+            pipe.to(dtype=dtype)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the base and, in `adapters/`, the adapters; fused adapters are saved as part of the weights instead.
+
+        A stock `DiTPipeline` loads what this writes too, without the adapters.
+
+        Raises:
+            ValueError: with `push_to_hub`; and if the folder holds adapters that this would not write over, which
+                would be loaded with what it does write. Nothing is then changed.
+        """
+        save_directory = os.path.expanduser(save_directory)
+        adapted, fused = self.transformer, self._fused()
+        folder = Path(save_directory, _ADAPTERS)
+        saved = self._refuse_others(str(folder), {f.name for f in folder.glob("*") if f.is_dir()})
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True: call push_to_hub(repo_id), which uploads the adapters too.")
+        if saved:
+            layers = adapted.base_model._difffit_layers()
+            scales = {
+                name: next(float(layer.strength[name]) for layer in layers if name in layer.strength)
+                for name in self.get_active_adapters()
+            }
+        try:
+            if isinstance(adapted, PeftModel):
+                plain = copy.deepcopy(adapted)
+                self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.transformer = adapted
+        index = Path(save_directory, self.config_name)
+        stock = {"_class_name": "DiTPipeline", "id2label": self._base_names() if saved else self.id2label}
+        text = json.dumps(json.loads(index.read_text()) | stock, indent=2)
+        write(index, lambda partial: partial.write_text(text + "\n"))
+        if saved:
+            for name in saved:
+                save_adapter(adapted, folder / name, name)
+            write(folder / "active.json", lambda partial: partial.write_text(json.dumps(scales)))
+        else:
+            folder.joinpath("active.json").unlink(missing_ok=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, in one commit: `from_pretrained(repo_id)` gives it back.
+
+        Keyword arguments as for every pipeline of Diffusers.
+
+        Raises:
+            ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
+            HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
+        self._refuse_others(repo_id, {part[1] for part in parts if part[0] == _ADAPTERS and len(part) > 2})
+        return super().push_to_hub(repo_id, commit_message, private, token, **kwargs)
+
+    def _refuse_others(self, place: str, there: set[str]) -> list[str]:
+        """The adapters to save; refuses a place with others, which would be loaded with them."""
+        saved = [] if self._fused() else self.get_list_adapters()
+        if others := sorted(there - {*saved}):
+            raise ValueError(
+                f"{place} holds the adapters {others}, which this pipeline has not to save: they would be loaded with "
+                "it. Remove them, or choose another place."
+            )
+        return saved
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class indices of names: of one, or of each in a list.
+
+        A name is one of `id2label`, or what stands between its commas. An integer, or a name of digits that no class
+        has, is an index.
+
+        Raises:
+            ValueError: for what is no class, with the nearest name that is; for a name of several classes.
+        """
+        labels = [label] if isinstance(label, str) else list(label)
+        return class_indices(labels, self.id2label, self.transformer.config.num_embeds_ada_norm)

@@ -1,0 +1,236 @@
+"""Adapters as people publish them: the name of their base, their folder, their card, their way to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constants
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+
+from .families import family_of
+from .files import whole_files
+from .reading import HUB_CACHE, PIPELINE_INDEX, read_weights
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_PICTURE = "samples.png"
+
+
+def base_model_id(name_or_path: str) -> tuple[str, str | None]:
+    """The Hub id and commit of a base, from what Diffusers remembers of where a model was loaded from.
+
+    A pipeline loaded from the Hub remembers a folder of the local cache. Of a folder that is not in the cache only the
+    pipeline folder's name is kept: an adapter never publishes a local path.
+    """
+    cached = HUB_CACHE.search(name_or_path)
+    if cached:
+        return cached["id"].replace("--", "/"), cached["revision"]
+    path = Path(name_or_path)
+    if _HUB_ID.fullmatch(name_or_path) and not path.exists():
+        return name_or_path, None
+    path = path.resolve()
+    part = path.name == "transformer" or (path.parent / PIPELINE_INDEX).is_file()
+    return (path.parent if part else path).name, None
+
+
+def base_parameters(model: Any) -> int:
+    """Parameters of the base of a `PeftModel`, as it is while adapted: an embedder that blocks share counts once."""
+    adapters = (".difffit_", ".modules_to_save.")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in adapters))
+
+
+def save_adapter(
+    model: Any,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    repo_id: str | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    license: str = "unknown",
+    dataset: str | None = None,
+    training: dict[str, Any] | None = None,
+    picture: PIL.Image.Image | None = None,
+) -> None:
+    """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
+
+    Args:
+        model: the `PeftModel`.
+        folder: each file in it appears whole or not at all; files of other names stay.
+        adapter_name: which of the model's.
+        repo_id: the Hub repository that the card speaks of. `None`: it speaks of the folder.
+        state_dict: weights to save in the place of the model's, as for `PeftModel.save_pretrained`.
+        license: an identifier of the Hub's, for the card.
+        dataset: a Hub id or a few words, for the card.
+        training: settings, for the card.
+        picture: becomes `samples.png`, which the card shows.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}.")
+    folder = Path(folder).expanduser()
+    with whole_files(folder) as partial:
+        options: dict[str, Any] = {"save_embedding_layers": False} | ({"state_dict": state_dict} if state_dict else {})
+        model.save_pretrained(str(partial), selected_adapters=[adapter_name], **options)
+        for file in list((partial / adapter_name).glob("*")):  # where peft puts any adapter but "default"
+            file.replace(partial / file.name)
+        trained = sum(tensor.numel() for tensor in read_weights(partial).values())
+        if picture is not None:
+            picture.save(partial / _PICTURE)
+        name = repo_id or folder.resolve().name
+        card = _model_card(model, adapter_name, name, trained, license, dataset, training, picture is not None)
+        (partial / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def push_adapter(
+    model: Any,
+    repo_id: str,
+    adapter_name: str = "default",
+    *,
+    commit_message: str = "Upload DiffFit adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> CommitInfo:
+    """Saves one adapter as `save_adapter` does, and uploads it in one commit, to a repository that is made if need be.
+
+    Args:
+        repo_id: "user/name", or "name" for a repository of the token's user.
+        private: of a repository that is made; `None`: as the user's settings on the Hub are.
+        token: `None`: the one that `huggingface_hub.login` or `HF_TOKEN` keeps.
+        revision: a branch, made if need be; `None`: the main one.
+        create_pr: open a pull request.
+        kwargs: `state_dict` and what the card takes, as for `save_adapter`.
+
+    Raises:
+        ValueError: if there is no such adapter, or `repo_id` is not valid. Nothing is then changed.
+        HfHubHTTPError: of `huggingface_hub`, if the Hub refuses. The repository is then as it was, or new and empty.
+    """
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)  # first: it may refuse
+        given, repo_id = repo_id, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if repo_id != given:  # it had no owner
+            save_adapter(model, folder, adapter_name, repo_id=repo_id, **kwargs)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def check_push(repo_id: str, create_pr: bool = False) -> None:
+    """Asks the Hub, where nothing changes, whether `push_adapter` may write to a repository: before hours of work.
+
+    Raises:
+        ValueError: if `repo_id` is not valid, or the token may not write there.
+        OSError: if there is no token, or the Hub does not take it; `httpx.HTTPError` if it cannot be reached.
+    """
+    validate_repo_id(repo_id)
+    user = HfApi().whoami()
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            f"The token of {user['name']} may only read, so it cannot upload to {repo_id}. Log in with one that may "
+            f"write: {constants.ENDPOINT}/settings/tokens."
+        )
+    owners = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
+    owner = repo_id.rpartition("/")[0]
+    if owner and owner.lower() not in [name.lower() for name in owners]:
+        if not create_pr:
+            raise ValueError(
+                f"{repo_id} belongs to {owner}, and the token is of {user['name']}, who may write to repositories of "
+                f"{', '.join(owners)} alone. Choose one of those."
+            )
+        HfApi().model_info(repo_id)  # a pull request needs a repository that is there
+
+
+def _model_card(
+    model: Any,
+    adapter_name: str,
+    name: str,
+    trained: int,
+    license: str,
+    dataset: str | None,
+    training: dict[str, Any] | None,
+    has_picture: bool,
+) -> ModelCard:
+    config, base_model = model.peft_config[adapter_name], model.get_base_model()
+    base = config.base_model_name_or_path or ""
+    on_hub = bool(_HUB_ID.fullmatch(base)) and "/" in base  # a name without an owner is that of a local folder
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        datasets=[dataset] if dataset and _HUB_ID.fullmatch(dataset) else None,
+        library_name="peft",
+        license=license,
+        tags=["difffit", "diffusers", "peft"],
+    )
+    classes = ", ".join(_code(label) for label in (config.id2label or {}).values())
+    settings = ({"dataset": dataset} if dataset else {}) | (training or {})
+    path, base_path = json.dumps(name), json.dumps((base or "path/to/the/base")[:200])
+    at_revision = f", revision={json.dumps(config.revision)}" if on_hub and config.revision else ""
+    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
+    text = text.format(
+        title=_code(name),
+        base=(_code(base) if base else f"a {_code(type(base_model).__name__)}")
+        + (f" at revision {_code(config.revision)}" if base and config.revision else ""),
+        trained=trained,
+        share=trained / base_parameters(model),
+        picture=f"\n![Samples]({_PICTURE})\n" if has_picture else "",
+        with_pipeline=_with_pipeline(config, base_model, path, base_path, on_hub),
+        with_peft=_with_peft(base_model, path, base_path + at_revision),
+        classes=f"## Classes\n\n{classes or config.num_classes}\n\n" if config.num_classes else "",
+        training="\n".join(f"- {_code(key)}: {_code(value)}" for key, value in settings.items()) or "Not recorded.",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _with_pipeline(config: Any, base_model: nn.Module, path: str, base_path: str, on_hub: bool) -> str:
+    """How to load the adapter with a pipeline of this package, where the base's family has one."""
+    pipeline = family_of(base_model).pipeline
+    if pipeline is None:
+        return ""
+    names = [*(config.id2label or {}).values()]
+    plain = next((label for label in names if re.fullmatch(r"[\w -]{1,60}", label) and names.count(label) == 1), None)
+    labels = "[0]" if plain is None else f"pipe.get_label_ids({json.dumps(plain, ensure_ascii=False)})"
+    load = f"pipe = {pipeline}.from_pretrained({path if on_hub else base_path})"
+    if not on_hub:
+        load += f"  # a folder: this base is not on the Hub\npipe.load_difffit_weights({path})"
+    lines = [f"from difffit_peft import {pipeline}", "", load, f"images = pipe({labels}).images"]
+    lines += ['images[0].save("sample.png")', "```", "", ""]
+    return "\n".join(["With the package `difffit-peft`:", "", "```python", *lines])
+
+
+def _with_peft(base_model: nn.Module, path: str, base_arguments: str) -> str:
+    """Python that loads the adapter with PEFT, onto a part of a pipeline of Diffusers or onto a model by itself."""
+    cls = type(base_model)
+    library, loaded, variable, part = cls.__module__.split(".")[0], cls.__name__, "model", "model"
+    if isinstance(base_model, ModelMixin):
+        folder = Path(str(base_model.config.get("_name_or_path"))).name
+        usual = "unet" if cls.__name__.startswith("UNet") else "transformer"
+        library, loaded, variable = "diffusers", "DiffusionPipeline", "pipe"
+        part = f"pipe.{folder if re.fullmatch(r'(transformer|unet)(_[0-9])?', folder) else usual}"
+    lines = ["import difffit_peft", f"from {library} import {loaded}", "from peft import PeftModel", ""]
+    lines += [f"{variable} = {loaded}.from_pretrained({base_arguments})"]
+    return "\n".join([*lines, f"{part} = PeftModel.from_pretrained({part}, {path})"])
+
+
+def _code(value: Any) -> str:
+    """A value as code in Markdown, in which nothing it holds is markup."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()).replace("`", "'")
+    return f"`{text[:200] or ' '}`"
