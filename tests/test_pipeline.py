@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import HUB, make_dit, make_pipeline
+from conftest import HUB, images, make_dit, make_pipeline, save_adapter
 from diffusers import DiTPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -27,26 +27,13 @@ def folder(tmp_path_factory):
     pipe.register_to_config(id2label={0: "tench, Tinca tinca", 1: "goldfish"})
     pipe.save_pretrained(folder / "base")
     for seed, (name, labels) in enumerate(LABELS.items()):
-        model = get_peft_model(make_dit(), DiffFitConfig(id2label=labels and dict(enumerate(labels))))
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(folder / name, save_embedding_layers=False)
+        save_adapter(folder / name, seed, id2label=labels and dict(enumerate(labels)))
     return folder
 
 
 @pytest.fixture
 def pipe(folder) -> DiffFitDiTPipeline:
-    pipe = DiffFitDiTPipeline.from_pretrained(folder / "base")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def images(pipe) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    pipe.set_progress_bar_config(disable=True)
-    return torch.as_tensor(pipe([0, 1], generator=generator, num_inference_steps=3, output_type="np").images)
+    return DiffFitDiTPipeline.from_pretrained(folder / "base")
 
 
 def stock(folder, name) -> torch.Tensor:
