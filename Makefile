@@ -30,7 +30,7 @@ bench: .venv/installed
 # `mutmut show NAME` shows one of those listed; `mutmut run NAME` tries it again
 mutants: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[mutation]"
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	OMP_NUM_THREADS=1 DIFFFIT_TEST_SEQUENCES=50 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
 style: .venv/installed

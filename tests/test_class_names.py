@@ -291,7 +291,7 @@ def test_the_card_names_a_class_that_is_found(pipe, tmp_path):
 # The null class is the base's
 
 
-def test_guidance_by_the_bases_null_class(folder):
+def test_guidance_by_the_bases_null_class():
     """The stock pipeline takes class 1000 for it: with the two rows exchanged it must make what ours makes."""
     ours = DiffFitDiTPipeline(**make_pipeline(num_embeds_ada_norm=2000).components)
     assert not torch.equal(images(DiTPipeline(**ours.components)), images(ours))

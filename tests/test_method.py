@@ -217,7 +217,7 @@ def test_gamma_has_second_derivatives_and_forward_ones():
     )
     assert torch.autograd.gradgradcheck(forward, (x, *values), check_fwd_over_rev=True, **options)
 
-    gamma, delta = (value.detach() for value in values)
+    trained, (gamma, delta) = values[0], (value.detach() for value in values)
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
 
     def ours(gamma, x):
@@ -231,6 +231,8 @@ def test_gamma_has_second_derivatives_and_forward_ones():
         transforms = {
             "hessian": lambda f: hessian(f)(gamma, x),
             "jvp": lambda f: jvp(f, (gamma, x), (torch.ones_like(gamma), torch.ones_like(x)))[1],
+            "jvp of γ alone": lambda f: jvp(lambda gamma: f(gamma, x), (gamma,), (torch.ones_like(gamma),))[1],
+            "jvp of x alone": lambda f: jvp(lambda x: f(trained, x), (x,), (torch.ones_like(x),))[1],
             "gradients per sample": lambda f: vmap(grad(f), (None, 0))(gamma, x),
             "gradients per γ": lambda f: vmap(grad(f), (0, None))(torch.stack([gamma, 2 * gamma]), x),
         }
@@ -376,7 +378,7 @@ def test_adapters_compose_in_any_order(dit, inputs):
     torch.testing.assert_close(outputs(model, inputs), both, **CLOSE)
 
 
-def test_safe_merge_refuses_what_is_not_finite(dit):
+def test_safe_merge_refuses_what_is_not_finite():
     layer = DiffFitLayer(torch.nn.Linear(4, 4))
     layer.update_layer("a", DiffFitConfig(), gamma=True, delta=True)
     layer.set_adapter("a")
@@ -477,7 +479,7 @@ def test_embedders_that_differ_are_left_alone(dit, inputs):
     assert sum("embedding_table.difffit_delta" in name for name, _ in model.named_parameters()) == 4
 
 
-def test_a_larger_grid_uses_positions_of_the_old_one(inputs):
+def test_a_larger_grid_uses_positions_of_the_old_one():
     dit = make_dit()
     model = get_peft_model(dit, DiffFitConfig(sample_size=16))
     assert dit.config.sample_size == 16
