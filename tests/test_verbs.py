@@ -102,7 +102,7 @@ def test_merges_of_no_adapter_and_of_one_twice(dit, inputs):
 def test_a_merge_that_fails_changes_nothing(dit, inputs, verb, merged):
     model = get_peft_model(dit, DiffFitConfig(r=1), "a").eval()
     model.add_adapter("b", DiffFitConfig(r=1))
-    spread(model, "a", 1), spread(model, "b", 2)
+    randomise(model, "a", 1), randomise(model, "b", 2)
     model.base_model.set_adapter(["a", "b"])
     model.base_model.model.proj_out_2.difffit_delta["b"].data[0] = float("nan")  # of the last layer
     if merged:
