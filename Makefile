@@ -3,11 +3,12 @@
 # make test-lowest  run them on the lowest versions of PEFT and Diffusers that are supported
 # make conformance  run PEFT's own tests on DiffFit
 # make bench        run a short form of all benchmarks, and say which targets are met
+# make mutants      break the code in a thousand ways, and list those that no test notices (an hour; not in CI)
 # make style        check formatting, lint and types (make format mends the first two)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest conformance bench style format clean
+.PHONY: demo test test-lowest conformance bench mutants style format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/emoji/demo.py
@@ -16,7 +17,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q
 
 test-lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest -q
+	DIFFFIT_TEST_SEQUENCES=50 .venv-lowest/bin/python -m pytest -q
 
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
@@ -25,6 +26,12 @@ bench: .venv/installed
 	set -e; for name in parameters training_speed inference scale_factors quality resolution; do \
 		$(BIN)/python examples/benchmarks/$$name.py --short; done
 	$(BIN)/python examples/benchmarks/report.py --short
+
+# `mutmut show NAME` shows one of those listed; `mutmut run NAME` tries it again
+mutants: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[mutation]"
+	OMP_NUM_THREADS=1 DIFFFIT_TEST_SEQUENCES=50 $(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 style: .venv/installed
 	$(BIN)/ruff format --check .
@@ -46,4 +53,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest demo runs
+	rm -rf .venv .venv-lowest demo mutants runs

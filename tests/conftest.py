@@ -12,8 +12,12 @@ os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": HUB.add_user("me")}
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel  # noqa: E402
+from peft import get_peft_model  # noqa: E402
+
+from difffit_peft import DiffFitConfig  # noqa: E402
 
 NULL = 1000
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same formula, summed in another order
 
 
 def make_dit(**overrides) -> DiTTransformer2DModel:
@@ -58,13 +62,31 @@ def make_inputs(batch: int = 5, side: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
-def randomise(model: torch.nn.Module, adapter_name: str = "default") -> None:
+def randomise(model: torch.nn.Module, adapter_name: str = "default", seed: int = 2) -> None:
     """Stands for training: every weight of the adapter moves."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(f".{adapter_name}"):
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             parameter.data += 0.2 * noise
+
+
+def save_adapter(folder: str | os.PathLike, seed: int = 2, **fields) -> None:
+    """Saves a trained adapter of `make_dit()` with these fields of its config."""
+    model = get_peft_model(make_dit(), DiffFitConfig(**fields))
+    randomise(model, seed=seed)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+@torch.no_grad()
+def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
+    return model(**inputs, **kwargs).sample
+
+
+def images(pipe: DiTPipeline, labels=(0, 1), **options) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"} | options
+    return torch.as_tensor(pipe([*labels], **options).images)
 
 
 @pytest.fixture

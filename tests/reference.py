@@ -29,7 +29,7 @@ def embed(timestep: Tensor, labels: Tensor, base: Tensors, adapter: Tensors) -> 
     t = layer(F.silu(layer(t, f"{name}.timestep_embedder.linear_1", base, adapter)),
               f"{name}.timestep_embedder.linear_2", base, adapter)  # fmt: skip
     table = base[f"{name}.class_embedder.embedding_table.weight"]
-    rows = adapter.get("rows")
+    rows = adapter.get(f"{name}.class_embedder.embedding_table.delta")
     if rows is not None:  # the new classes first, the null class last
         table = torch.cat([table[: len(rows) - 1] + rows[:-1], table[len(rows) - 1 : -1], table[-1:] + rows[-1:]])
     return t + table[labels]
@@ -66,3 +66,9 @@ def forward(x: Tensor, timestep: Tensor, labels: Tensor, positions: Tensor, base
     z = layer(norm(z, 1e-6) * (1 + scale) + shift, "proj_out_2", base, adapter)
     z = z.view(n, h // patch, w // patch, patch, patch, -1)
     return z.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, h, w)
+
+
+def name(parameter: str, adapter_name: str = "default") -> str:
+    """What `forward` calls a parameter of an adapter."""
+    parameter = parameter.removeprefix("base_model.model.").removesuffix(f".{adapter_name}").replace("difffit_", "")
+    return parameter.replace("norm1_emb.", "transformer_blocks.0.norm1.emb.")

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_dit, make_pipeline, randomise
+from conftest import images, make_pipeline, randomise, save_adapter
 from diffusers import DiTPipeline
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,9 +37,7 @@ def folder(tmp_path_factory) -> Path:
     pipe.register_to_config(id2label=BASE)
     pipe.save_pretrained(folder / "base")
     for name, fields in ADAPTERS.items():
-        model = get_peft_model(make_dit(), DiffFitConfig(**fields))
-        randomise(model)
-        model.save_pretrained(folder / name, save_embedding_layers=False)
+        save_adapter(folder / name, **fields)
     return folder
 
 
@@ -51,12 +49,6 @@ def pipe(folder) -> DiffFitDiTPipeline:
 def attached(pipe, path: Path, name: str = "default") -> PeftModel:
     """By PEFT, not by the pipeline."""
     return PeftModel.from_pretrained(pipe.transformer, path, name)
-
-
-def images(pipe, labels=(0, 1), **options) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"} | options
-    return torch.as_tensor(pipe([*labels], **options).images)
 
 
 # Name or index
@@ -300,7 +292,7 @@ def test_the_card_names_a_class_that_is_found(pipe, tmp_path):
 # The null class is the base's
 
 
-def test_guidance_by_the_bases_null_class(folder):
+def test_guidance_by_the_bases_null_class():
     """The stock pipeline takes class 1000 for it: with the two rows exchanged it must make what ours makes."""
     ours = DiffFitDiTPipeline(**make_pipeline(num_embeds_ada_norm=2000).components)
     assert not torch.equal(images(DiTPipeline(**ours.components)), images(ours))

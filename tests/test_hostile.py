@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dit, make_inputs, make_pipeline, randomise
-from peft import get_peft_model
+from conftest import make_inputs, make_pipeline, save_adapter
 from safetensors.torch import load_file, save_file
 
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft import DiffFitDiTPipeline
 
 FILE = "adapter_model.safetensors"
 MILLION = 1_000_000
@@ -188,10 +187,8 @@ CASES = (
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """An adapter that loads, with γ, a change of rank 1, and class rows."""
-    model = get_peft_model(make_dit(), DiffFitConfig(id2label={0: "fox", 1: "owl"}, r=1))
-    randomise(model)
     folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder, save_embedding_layers=False)
+    save_adapter(folder, id2label={0: "fox", 1: "owl"}, r=1)
     return folder
 
 

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import HUB, make_pipeline, randomise
+from conftest import HUB, images, make_pipeline, randomise
 from diffusers import DiTPipeline
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import (
@@ -68,12 +68,6 @@ def healthy(monkeypatch):
     yield
     HUB.recover()
     HUB.requests.clear()
-
-
-def images(pipe) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return torch.as_tensor(pipe([0, 1], generator=generator, num_inference_steps=3, output_type="np").images)
 
 
 def files(repo: str, revision: str | None = None) -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dit, make_inputs, make_pipeline
-from peft import PeftModel, get_peft_model
+from conftest import CLOSE, make_dit, make_inputs, make_pipeline, save_adapter
+from peft import PeftModel
 
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, hotswap_adapter
+from difffit_peft import DiffFitDiTPipeline, hotswap_adapter
 
 DOCS = Path(__file__).parents[1] / "docs" / "api.md"
 STATES = ["unknown", "inactive", "disabled", "merged"]  # the columns
@@ -30,12 +30,7 @@ def folder(tmp_path_factory) -> Path:
     """The adapters a, b and c of `make_dit()`, and c again as `nobody`."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, config) in enumerate([*CONFIGS.items(), ("nobody", CONFIGS["c"])]):
-        model = get_peft_model(make_dit(), DiffFitConfig(**config))
-        generator = torch.Generator().manual_seed(min(seed, 2))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(folder / name, save_embedding_layers=False)
+        save_adapter(folder / name, min(seed, 2), **config)
     return folder
 
 
@@ -139,7 +134,7 @@ def test_verbs_of_peft(folder, expected, verb, state):
         return
     result = do(model, name, folder)
     result = result if isinstance(result, torch.Tensor) else output(model)
-    torch.testing.assert_close(result, expected[effect], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, expected[effect], **CLOSE)
 
 
 PIPELINE = {
@@ -201,6 +196,6 @@ def test_verbs_of_the_pipeline(folder, expected, verb, state):
         effect = {"unknown": "ab", "disabled": "", "merged": "a"}[state]
     else:
         do(pipe, name, folder)
-    torch.testing.assert_close(output(pipe.transformer), expected[effect], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(pipe.transformer), expected[effect], **CLOSE)
     assert "".join(pipe.get_active_adapters()).replace("new", "c") == effect
     assert pipe.labels == {"": {"tench": 0}, "c": {"cow": 0, "cat": 1}}.get(effect, {"ant": 0})
