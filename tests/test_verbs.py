@@ -169,6 +169,10 @@ def test_a_base_that_cannot_be_merged_is_refused_before_any_layer_is(dit):
     with pytest.raises(ValueError, match="Cannot merge into Linear, whose weights are quantised or sharded"):
         model.merge_adapter()
     assert not computed and not first.merged
+    model.add_adapter("elsewhere", DiffFitConfig(exclude_modules=["proj_out_2", "pos_embed.proj"]))
+    model.set_adapter("elsewhere")
+    model.merge_adapter()  # nothing of it is on that layer
+    assert first.merged and not computed
 
 
 def test_what_a_verb_says_it_says_once(saved):
