@@ -187,8 +187,10 @@ def _shortest(selected: set[str], layers: Mapping[str, Layer], family: Family) -
     blocks = {block_of[name][1] for name in selected if name in block_of}
     prefixes = {name: f"{blocks}.{index}." for name, (blocks, index) in block_of.items()}
     endings = sorted({name.removeprefix(prefixes.get(name, "")) for name in selected})
-    found = {name for name in matching("", endings, names) if name not in block_of or block_of[name][1] in blocks}
-    if found != selected:
+    found = matching("", endings, names)
+    if blocks:
+        found = [name for name in found if name not in block_of or block_of[name][1] in blocks]
+    if {*found} != selected:
         return exactly(selected, names), None
     return endings, sorted(blocks) if blocks and blocks < {index for _, index in block_of.values()} else None
 
