@@ -148,6 +148,19 @@ def make_dit_under(model: PeftModel) -> dict[str, torch.Tensor]:
     return plain
 
 
+def test_a_merge_takes_what_is_active_in_each_layer(dit, inputs):
+    """PEFT's own tests, and callers without a tuner, set adapters layer by layer."""
+    model = get_peft_model(dit, DiffFitConfig(), "a").eval()
+    model.add_adapter("b", DiffFitConfig())
+    spread(model, "a", 1), spread(model, "b", 2)
+    for layer in model.modules():
+        if isinstance(layer, DiffFitLayer):
+            layer.set_adapter(["a", "b"])
+    expected = outputs(model, inputs)
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), expected, **CLOSE)
+
+
 def test_a_merge_computes_each_tensor_once(dit):
     model = get_peft_model(dit, DiffFitConfig(num_classes=3)).eval()
     computed = []
