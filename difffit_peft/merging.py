@@ -50,14 +50,14 @@ def names_to_merge(tuner: BaseTuner, adapter_names: list[str] | None) -> list[st
 
 
 def merge_layers(names: Mapping[BaseTunerLayer, list[str]], safe_merge: bool) -> None:
-    """Merges adapters into layers, in this order. What the adapter files cannot do to a layer is seen before any merge.
+    """Merges adapters into layers, in this order. Quantised and sharded layers are refused before any is merged.
 
     Raises:
         ValueError: as `DiffFitLayer.merge` does. All layers are then as they were: those merged before are unmerged,
             and what had been merged into them is merged again.
     """
-    for layer in names:
-        if isinstance(layer, DiffFitLayer):
+    for layer, own in names.items():
+        if isinstance(layer, DiffFitLayer) and not layer._get_available_adapters().isdisjoint(own):
             layer.check_mergeable()
     merged = {layer: list(layer.merged_adapters) for layer in names}
     try:

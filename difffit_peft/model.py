@@ -249,7 +249,8 @@ class DiffFitModel(BaseTuner):
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         self._check_merge_allowed()
         names = names_to_merge(self, adapter_names)
-        merge_layers(dict.fromkeys(self._difffit_layers(), names), safe_merge)
+        layers = self._difffit_layers()
+        merge_layers({layer: layer.active_adapters if adapter_names is None else names for layer in layers}, safe_merge)
         return names
 
     def _difffit_layers(self) -> list[DiffFitLayer]:

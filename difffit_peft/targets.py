@@ -122,9 +122,7 @@ def exactly(selected: Iterable[str], names: Iterable[str]) -> list[str]:
 def _gamma_layers(config: DiffFitConfig, family: Family, layers: Mapping[str, Layer], model: str) -> set[str]:
     """Names of the layers whose output gets γ: those of `gamma_modules`, and of the blocks in `gamma_layers`."""
     block_of = _blocks(family, layers)
-    length: dict[str, int] = {}
-    for blocks, index in block_of.values():
-        length[blocks] = max(length.get(blocks, 0), index + 1)
+    length = {blocks: index + 1 for blocks, index in sorted(block_of.values())}
     longest = max(length.values(), default=0)
     if config.gamma_layers is not None and {*config.gamma_layers} - {*range(longest)}:
         raise ValueError(
@@ -189,20 +187,18 @@ def _shortest(selected: set[str], layers: Mapping[str, Layer], family: Family) -
     blocks = {block_of[name][1] for name in selected if name in block_of}
     prefixes = {name: f"{blocks}.{index}." for name, (blocks, index) in block_of.items()}
     endings = sorted({name.removeprefix(prefixes.get(name, "")) for name in selected})
-    found = {name for name in matching("", endings, names) if name not in block_of or block_of[name][1] in blocks}
-    if found != selected:
+    found = matching("", endings, names)
+    if blocks:
+        found = [name for name in found if name not in block_of or block_of[name][1] in blocks]
+    if {*found} != selected:
         return exactly(selected, names), None
     return endings, sorted(blocks) if blocks and blocks < {index for _, index in block_of.values()} else None
 
 
 def _blocks(family: Family, names: Iterable[str]) -> dict[str, tuple[str, int]]:
     """The list and the index of the block that each layer lies in; without the layers that lie in none."""
-    found = {}
-    for name in names:
-        for blocks in family.blocks:
-            if name.startswith(f"{blocks}."):
-                found[name] = blocks, int(name.removeprefix(f"{blocks}.").split(".")[0])
-    return found
+    inside = [(name, blocks) for name in names for blocks in family.blocks if name.startswith(f"{blocks}.")]
+    return {name: (blocks, int(name.removeprefix(f"{blocks}.").split(".")[0])) for name, blocks in inside}
 
 
 def _preset(endings: tuple[str, ...] | None, names: Iterable[str], block_of: Collection[str]) -> list[str]:

@@ -136,6 +136,19 @@ def make_dit_under(model: PeftModel) -> dict[str, torch.Tensor]:
     return plain
 
 
+def test_a_merge_takes_what_is_active_in_each_layer(dit, inputs):
+    """PEFT's own tests, and callers without a tuner, set adapters layer by layer."""
+    model = get_peft_model(dit, DiffFitConfig(), "a").eval()
+    model.add_adapter("b", DiffFitConfig())
+    spread(model, "a", 1), spread(model, "b", 2)
+    for layer in model.modules():
+        if isinstance(layer, DiffFitLayer):
+            layer.set_adapter(["a", "b"])
+    expected = outputs(model, inputs)
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), expected, **CLOSE)
+
+
 def test_a_merge_computes_each_tensor_once(dit):
     model = get_peft_model(dit, DiffFitConfig(num_classes=3)).eval()
     computed = []
@@ -157,6 +170,10 @@ def test_a_base_that_cannot_be_merged_is_refused_before_any_layer_is(dit):
     with pytest.raises(ValueError, match="Cannot merge into Linear, whose weights are quantised or sharded"):
         model.merge_adapter()
     assert not computed and not first.merged
+    model.add_adapter("elsewhere", DiffFitConfig(exclude_modules=["proj_out_2", "pos_embed.proj"]))
+    model.set_adapter("elsewhere")
+    model.merge_adapter()  # nothing of it is on that layer
+    assert first.merged and not computed
 
 
 def test_what_a_verb_says_it_says_once(saved):
