@@ -140,7 +140,7 @@ def test_a_merge_takes_what_is_active_in_each_layer(dit, inputs):
     """PEFT's own tests, and callers without a tuner, set adapters layer by layer."""
     model = get_peft_model(dit, DiffFitConfig(), "a").eval()
     model.add_adapter("b", DiffFitConfig())
-    spread(model, "a", 1), spread(model, "b", 2)
+    randomise(model, "a", 1), randomise(model, "b", 2)
     for layer in model.modules():
         if isinstance(layer, DiffFitLayer):
             layer.set_adapter(["a", "b"])
