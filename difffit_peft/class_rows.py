@@ -17,8 +17,8 @@ class DiffFitEmbedding(DiffFitLayer):
 
     The table keeps its size, so that the null class stays where pipelines look for it. Other rows are the base's.
     `difffit_delta[name]` has shape (K + 1, channels), the null row last: what each row differs by from the base's row
-    of the same index. So the rule of `DiffFitLayer` holds for rows too: strength 0 is the base's row, and adapters of
-    strengths 0.8 and 0.2 blend their classes of one index. There is no γ.
+    of the same index. So the rule of `DiffFitLayer` holds for rows too: scale 0 is the base's row, and adapters of
+    scales 0.8 and 0.2 blend their classes of one index. There is no γ.
     """
 
     @staticmethod
@@ -74,5 +74,5 @@ class DiffFitEmbedding(DiffFitLayer):
         return {"weight": table}
 
     def _rows(self, adapters: list[str]) -> list[Tensor]:
-        """The rows of each adapter, (K + 1, channels), at its strength."""
-        return [self._at_strength("difffit_delta", name) for name in adapters if name in self.difffit_delta]
+        """The rows of each adapter, (K + 1, channels), at its scale."""
+        return [self._at_scale("difffit_delta", name) for name in adapters if name in self.difffit_delta]

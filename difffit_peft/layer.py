@@ -44,8 +44,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     can only stretch them: y = γ ⊙ (base(x) + B A x + δ), merged as γ·(weight + B A). That is LoRA's (Hu et al. 2021)
     with alpha = r, and no part of the paper's method.
 
-    Several active adapters i with strengths s_i compose in any order, in the forward pass as in a merge, so that an
-    adapter at strength 0 is the base and at 1 itself:
+    Several active adapters i with scales s_i compose in any order, in the forward pass as in a merge, so that an
+    adapter at scale 0 is the base and at 1 itself:
 
         γ = Π (1 + s_i (γ_i - 1))        δ = Σ s_i δ_i        B A = Σ s_i B_i A_i
 
@@ -62,8 +62,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(self.get_base_layer())
         for kind in self.adapter_layer_names:
             setattr(self, kind, nn.ParameterDict())
-        self.strength: dict[str, Tensor] = {}  # 0-dim, one per adapter
-        self._scaled: set[str] = set()  # the adapters whose strength is not 1
+        self.scale: dict[str, Tensor] = {}  # 0-dim, one per adapter
+        self._scaled: set[str] = set()  # the adapters whose scale is not 1
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -90,12 +90,12 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.set_scale(adapter_name, 1)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Sets an adapter's strength, in place: 0 is the base, 1 the adapter."""
-        self.strength.setdefault(adapter_name, torch.tensor(1.0, device="cpu")).fill_(scale)
+        """Sets an adapter's scale, in place: 0 is the base, 1 the adapter."""
+        self.scale.setdefault(adapter_name, torch.tensor(1.0, device="cpu")).fill_(scale)
         (self._scaled.discard if scale == 1 else self._scaled.add)(adapter_name)
 
     def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
-        """Gives an adapter the values that other adapters have together at these strengths."""
+        """Gives an adapter the values that other adapters have together at these scales."""
         for kind in self.adapter_layer_names:
             values = [_at(kind, getattr(self, kind)[n], w) for n, w in weights.items() if n in getattr(self, kind)]
             if values:
@@ -103,7 +103,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
                 blended.copy_(_padded(_compose(kind, values), blended.shape))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.strength.pop(adapter_name, None)
+        self.scale.pop(adapter_name, None)
         self._scaled.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -161,12 +161,12 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
 
     def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
         """γ = Π (1 + s_i (γ_i - 1)), δ = Σ s_i δ_i, or all A_i or s_i B_i in one; None where no adapter has one."""
-        values = [self._at_strength(kind, name) for name in adapters if name in getattr(self, kind)]
+        values = [self._at_scale(kind, name) for name in adapters if name in getattr(self, kind)]
         return _compose(kind, values) if values else None
 
     def _gathered(self, kind: str, adapter_names: list[str]) -> Tensor | None:
         """The value of each sample's adapter, (batch, ...), or None where none of them has one."""
-        values = {name: self._at_strength(kind, name) for name in {*adapter_names} if name in getattr(self, kind)}
+        values = {name: self._at_scale(kind, name) for name in {*adapter_names} if name in getattr(self, kind)}
         if not values:
             return None
         shape = [max(sizes) for sizes in zip(*(value.shape for value in values.values()), strict=True)]  # ranks differ
@@ -174,13 +174,13 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         neutral = torch.full_like(next(iter(values.values())), _NEUTRAL[kind])
         return torch.stack([values.get(name, neutral) for name in adapter_names])
 
-    def _at_strength(self, kind: str, adapter_name: str) -> Tensor:
-        """What an adapter has of a kind, at its strength."""
+    def _at_scale(self, kind: str, adapter_name: str) -> Tensor:
+        """What an adapter has of a kind, at its scale."""
         value = getattr(self, kind)[adapter_name]
-        # compiled code always multiplies, so that no change of strength compiles it anew
+        # compiled code always multiplies, so that no change of scale compiles it anew
         if not torch.compiler.is_compiling() and adapter_name not in self._scaled:
             return value
-        return _at(kind, value, self.strength[adapter_name])
+        return _at(kind, value, self.scale[adapter_name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active adapters, or those named, into the base layer: W' = γ(W + B A), b' = γ(b + δ).
@@ -314,9 +314,9 @@ def _initial(kind: str, shape: tuple[int, ...], neutral: bool) -> Tensor:
     return torch.rand(shape) + 0.5 if kind == "difffit_gamma" else torch.randn(shape)
 
 
-def _at(kind: str, value: Tensor, strength: Tensor | float) -> Tensor:
+def _at(kind: str, value: Tensor, scale: Tensor | float) -> Tensor:
     """1 + s (γ - 1), s δ or s B: nothing of an adapter at s = 0, all of it at s = 1. A stays as it is."""
-    return value if kind == "difffit_A" else _NEUTRAL[kind] + strength * (value - _NEUTRAL[kind])
+    return value if kind == "difffit_A" else _NEUTRAL[kind] + scale * (value - _NEUTRAL[kind])
 
 
 def _compose(kind: str, values: list[Tensor]) -> Tensor:

@@ -122,25 +122,25 @@ class DiffFitModel(BaseTuner):
                 layer.set_adapter(names, inference_mode=inference_mode)
         super().delete_adapter(adapter_name)
 
-    def set_scale(self, adapter_name: str, strength: float) -> None:
+    def set_scale(self, adapter_name: str, scale: float) -> None:
         """Scales the effect of an adapter: 0 is the base, 1 the adapter, any real number between or beyond.
 
-        Active adapters i with strengths s_i compose as γ = Π (1 + s_i (γ_i - 1)), δ = Σ s_i δ_i.
+        Active adapters i with scales s_i compose as γ = Π (1 + s_i (γ_i - 1)), δ = Σ s_i δ_i.
 
         Raises:
-            ValueError: if there is no such adapter, the strength is not finite, or the adapter is merged.
+            ValueError: if there is no such adapter, the scale is not finite, or the adapter is merged.
         """
         check_names([adapter_name], self.peft_config)
-        number = finite(strength)
+        number = finite(scale)
         if number is None:
-            raise ValueError(f"strength={short(strength)}: must be a finite number.")
+            raise ValueError(f"scale={short(scale)}: must be a finite number.")
         if any(adapter_name in layer.merged_adapters for layer in self._difffit_layers()):
             raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
         for layer in self._difffit_layers():
             layer.set_scale(adapter_name, number)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """Adds an adapter that does alone what `adapters` do together at strengths `weights`, whatever theirs are now.
+        """Adds an adapter that does alone what `adapters` do together at scales `weights`, whatever theirs are now.
 
         γ = Π (1 + w_i (γ_i - 1)), δ = Σ w_i δ_i, class rows too, index by index: the rule of `set_scale`, written into
         one adapter that can be saved. Ranks add up. Its class names are the adapters' where they agree.

@@ -1,4 +1,4 @@
-"""Samples a grid of classes, by name, from a DiT with adapters blended by strength.
+"""Samples a grid of classes, by name, from a DiT with adapters blended by scale.
 
     python examples/generate.py --pretrained_model_name_or_path me/dit-food101 --labels ramen "apple pie"
     python examples/generate.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of it on the Hub")
     parser.add_argument("--adapters", nargs="*", default=[], help="Hub ids or folders of adapters to load onto it")
-    parser.add_argument("--adapter_weights", nargs="*", type=float, help="a strength for each; default: 1")
+    parser.add_argument("--adapter_weights", nargs="*", type=float, help="a scale for each; default: 1")
     parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
     parser.add_argument("--num_images", type=positive_int, default=4, help="per class")
     parser.add_argument("--guidance_scale", type=float, default=4.0)

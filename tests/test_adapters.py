@@ -411,7 +411,7 @@ def test_wrong_adapter_names(three_adapters, inputs, names, message):
     )
 
 
-def test_strength(three_adapters, inputs):
+def test_scale(three_adapters, inputs):
     model = three_adapters
     model.set_adapter("a")
     full = outputs(model, inputs)
@@ -440,18 +440,18 @@ def test_strength(three_adapters, inputs):
     ("arguments", "message"),
     [
         (("aa", 1.0), "no adapter 'aa'"),
-        (("a", float("nan")), "strength=nan: must be a finite number"),
-        (("a", "0.5"), "strength='0.5': must be a finite number"),
+        (("a", float("nan")), "scale=nan: must be a finite number"),
+        (("a", "0.5"), "scale='0.5': must be a finite number"),
         (("a", torch.ones(2)), "must be a finite number"),
     ],
 )
-def test_wrong_strength(three_adapters, arguments, message):
+def test_wrong_scale(three_adapters, arguments, message):
     with pytest.raises(ValueError, match=message):
         three_adapters.set_scale(*arguments)
 
 
 @pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.array(0.25), torch.tensor(0.25)])
-def test_numbers_of_numpy_and_pytorch_are_strengths(number, dit, inputs):
+def test_numbers_of_numpy_and_pytorch_are_scales(number, dit, inputs):
     model = get_peft_model(dit, DiffFitConfig(init_weights=False))
     model.set_scale("default", 0.25)
     expected = outputs(model, inputs)

@@ -44,7 +44,7 @@ CONFIGS = [
     {"r": 2, "gamma_modules": [], "low_rank_modules": ["norm1.linear", "attn1.to_out.0", "proj_out_2"]},
 ]
 configs, seeds = st.sampled_from(CONFIGS), st.integers(0, 1000)
-strengths = st.sampled_from([-1.5, 0.0, 0.3, 1.0, 2.0])
+scales = st.sampled_from([-1.5, 0.0, 0.3, 1.0, 2.0])
 
 
 class Verbs(RuleBasedStateMachine):
@@ -62,8 +62,8 @@ class Verbs(RuleBasedStateMachine):
         self.model = get_peft_model(dit, DiffFitConfig(**config), adapter_name="a0").eval()
         self.parameters = [(n, p) for n, p in self.model.named_parameters() if "difffit_" not in n]
         self.bytes = [p.detach().clone() for _, p in self.parameters]
-        # what the model should be: adapter -> layer -> kind -> values; strengths; who is active; who is merged
-        self.values, self.strength, self.active, self.merged, self.count = {}, {"a0": 1.0}, ["a0"], [], 1
+        # what the model should be: adapter -> layer -> kind -> values; scales; who is active; who is merged
+        self.values, self.scale, self.active, self.merged, self.count = {}, {"a0": 1.0}, ["a0"], [], 1
         self.write("a0", seed)
         return "a0"
 
@@ -90,7 +90,7 @@ class Verbs(RuleBasedStateMachine):
         adapter = {}
         for layer in {layer for values in self.values.values() for layer in values}:
             for name in [n for n in merged or names if layer in self.values[n]]:
-                s = self.strength[name]
+                s = self.scale[name]
                 for kind, value in self.values[name][layer].items():
                     if layer.endswith("embedding_table"):
                         rows = adapter.setdefault(f"{layer}.delta", torch.zeros(7, value.shape[1]))
@@ -123,7 +123,7 @@ class Verbs(RuleBasedStateMachine):
     def add(self, config, seed):
         name, self.count = f"a{self.count}", self.count + 1
         self.model.add_adapter(name, DiffFitConfig(**config))
-        self.merged, self.strength[name] = [], 1.0  # peft unmerges what it sets active anew
+        self.merged, self.scale[name] = [], 1.0  # peft unmerges what it sets active anew
         self.write(name, seed)
         return name
 
@@ -137,14 +137,14 @@ class Verbs(RuleBasedStateMachine):
         if name not in self.merged:
             self.write(name, seed)
 
-    @rule(name=adapters, strength=strengths)
-    def set_scale(self, name, strength):
+    @rule(name=adapters, scale=scales)
+    def set_scale(self, name, scale):
         if name in self.merged:
             with pytest.raises(ValueError, match="is merged"):
-                self.model.set_scale(name, strength)
+                self.model.set_scale(name, scale)
         else:
-            self.model.set_scale(name, strength)
-            self.strength[name] = strength
+            self.model.set_scale(name, scale)
+            self.scale[name] = scale
 
     @precondition(lambda self: len(self.values) > 1)
     @rule(name=consumes(adapters))
@@ -152,7 +152,7 @@ class Verbs(RuleBasedStateMachine):
         self.model.unmerge_adapter()
         self.merged = []
         self.model.delete_adapter(name)
-        del self.values[name], self.strength[name]
+        del self.values[name], self.scale[name]
         self.active = [other for other in self.active if other != name] or [next(iter(self.values))]
         assert self.model.base_model.active_adapters == self.active
         with torch.no_grad():
@@ -179,7 +179,7 @@ class Verbs(RuleBasedStateMachine):
 
     @rule(target=adapters, names=st.lists(adapters, min_size=1, max_size=3, unique=True), data=st.data())
     def add_weighted(self, names, data):
-        weights = data.draw(st.lists(strengths, min_size=len(names), max_size=len(names)))
+        weights = data.draw(st.lists(scales, min_size=len(names), max_size=len(names)))
         name, self.count = f"a{self.count}", self.count + 1
         has_low_rank = any("A" in kinds for n in names for kinds in self.values[n].values())
         if has_low_rank and sum(self.model.peft_config[n].r for n in names) > MAX_RANK:
@@ -188,9 +188,9 @@ class Verbs(RuleBasedStateMachine):
             return multiple()
         self.model.add_weighted_adapter(names, weights, name)
         self.merged = []
-        kept, self.strength = self.strength, dict(zip(names, weights, strict=True))
+        kept, self.scale = self.scale, dict(zip(names, weights, strict=True))
         blended = self.expected(names)
-        self.strength = kept | {name: 1.0}
+        self.scale = kept | {name: 1.0}
         self.read(name)
         torch.testing.assert_close(self.expected([name]), blended, **CLOSE)
         return name
@@ -209,7 +209,7 @@ class Verbs(RuleBasedStateMachine):
     # Refusals
 
     @rule(name=adapters, number=st.sampled_from([math.nan, math.inf]))
-    def a_strength_that_is_not_finite(self, name, number):
+    def a_scale_that_is_not_finite(self, name, number):
         with pytest.raises(ValueError, match="finite"):
             self.model.set_scale(name, number)
         with pytest.raises(ValueError, match="finite"):

@@ -80,7 +80,7 @@ PEFT = {
     "set_adapter(name)": (lambda m, n, path: m.set_adapter(n), [REFUSED, "c", "", "a"]),
     "base_model.set_adapter([name])": (lambda m, n, path: m.base_model.set_adapter([n]), [REFUSED, "c", "", "a"]),
     "delete_adapter(name)": (lambda m, n, path: m.delete_adapter(n), [REFUSED, "ab", "", REFUSED]),
-    "set_scale(name, strength)": (lambda m, n, path: m.set_scale(n, 1.0), [REFUSED, "ab", "", REFUSED]),
+    "set_scale(name, scale)": (lambda m, n, path: m.set_scale(n, 1.0), [REFUSED, "ab", "", REFUSED]),
     "add_weighted_adapter([name], [weight], new)": (
         lambda m, n, path: m.add_weighted_adapter([n], [1.0], "new"),
         [REFUSED, "ab", "", "ab"],

@@ -38,8 +38,8 @@ def test_nothing_is_compiled_anew(tmp_path, inputs):
     for batch in (inputs, small):
         torch.testing.assert_close(outputs(compiled, batch), outputs(model, batch), **CLOSE)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for strength in (0.5, 0.0, -1.0, 1.0):
-            model.set_scale("default", strength)
+        for scale in (0.5, 0.0, -1.0, 1.0):
+            model.set_scale("default", scale)
             torch.testing.assert_close(outputs(compiled, inputs), outputs(model, inputs), **CLOSE)
         before = outputs(compiled, inputs)
         hotswap_adapter(compiled, tmp_path / "b")

@@ -165,7 +165,7 @@ def convert_peft_to_original(model: PeftModel, adapter_name: str = "default") ->
     `DiffFitConfig()` has those of MinimaxDiffusion and Diffusion-Tuning.
 
     Args:
-        model: the base with the adapter. It is left as it is; strengths play no part.
+        model: the base with the adapter. It is left as it is; scales play no part.
         adapter_name: which of its adapters.
 
     Returns:

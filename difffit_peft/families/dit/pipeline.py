@@ -179,7 +179,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         if saved:
             layers = adapted.base_model._difffit_layers()
             scales = {
-                name: next(float(layer.strength[name]) for layer in layers if name in layer.strength)
+                name: next(float(layer.scale[name]) for layer in layers if name in layer.scale)
                 for name in self.get_active_adapters()
             }
         try:
