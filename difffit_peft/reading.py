@@ -162,7 +162,7 @@ def read_adapter(folder: Path) -> tuple[DiffFitConfig, dict[str, torch.Tensor]]:
 
     The config carries the shapes of the weights: a model compares them before it is changed.
     """
-    config, weights = read_config(folder), read_weights(folder)
+    weights, config = read_weights(folder), read_config(folder)  # a pickle is refused before all else
     config.weight_shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     return config, weights
 
