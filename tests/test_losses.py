@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.losses import diffusion_loss, vlb_loss
+from difffit_peft.training.losses import _discretized_gaussian_log_likelihood, diffusion_loss, vlb_loss
 
 STEPS = 20
 SHAPE = (5, 2, 3, 3)  # batch, channels, height, width
@@ -197,3 +197,12 @@ def test_a_step_needs_no_float64_on_the_device(prediction_type):
         loss.mean().backward()
     assert loss.is_meta and loss.dtype == torch.float32
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_bin_has_the_probability_of_a_normal_distribution():
+    """Where neither tail nor peak decides, so that the approximation of the cdf shows."""
+    x = torch.arange(-100, 101, dtype=torch.float64) / 127.5
+    mean, scale, half = 0.1, 0.5, 1 / 255
+    exact = torch.special.ndtr((x - mean + half) / scale) - torch.special.ndtr((x - mean - half) / scale)
+    ours = _discretized_gaussian_log_likelihood(x, torch.tensor(mean), torch.tensor(scale).log()).exp()
+    torch.testing.assert_close(ours, exact, rtol=1e-2, atol=0)
