@@ -1,6 +1,6 @@
 """DiffFit (Xie et al., ICCV 2023) for PEFT and Diffusers. Importing this package registers the method with PEFT."""
 
-from . import noise  # noqa: F401 (before PEFT)
+from . import log_filters  # noqa: F401 (before PEFT)
 
 from .plugin import register as _register  # isort: skip (checks PEFT's version first)
 from .config import DiffFitConfig

@@ -1,4 +1,5 @@
-"""The families of models that DiffFit knows. A new one is a file beside this one, and an entry in `FAMILIES`."""
+"""The families of models that DiffFit knows. A new one is a module or package beside this one, and an entry in
+`FAMILIES`."""
 
 from __future__ import annotations
 

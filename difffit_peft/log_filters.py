@@ -7,6 +7,7 @@ all other lines of the same loggers are shown.
 
 import logging
 import re
+import warnings
 from collections.abc import Callable
 
 _NOISE = {
@@ -25,3 +26,5 @@ def _other_than(pattern: str) -> Callable[[logging.LogRecord], bool]:
 
 for _name, _pattern in _NOISE.items():
     logging.getLogger(_name).addFilter(_other_than(_pattern))
+# said by Diffusers 0.36 when it imports one of its transformers
+warnings.filterwarnings("ignore", "CUDA is not available or torch_xla is imported", module="diffusers")
