@@ -40,7 +40,7 @@ def keep_names(transformer: nn.Module, id2label: dict[int, str]) -> None:
 
 
 def split_names(id2label: dict[int, str]) -> dict[str, int]:
-    """Class indices by name, as `DiTPipeline.labels` has them."""
+    """Class indices by name, as Diffusers' class-conditional pipeline has them."""
     named = {part.strip(): index for index, name in id2label.items() for part in name.split(",")}
     return dict(sorted(named.items()))
 

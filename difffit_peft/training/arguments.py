@@ -16,7 +16,9 @@ from .scripts import base_dtype, non_negative_int, positive_int
 
 
 def add_base_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="a DiTPipeline: Hub id or folder")
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="a class-conditional pipeline: Hub id or folder"
+    )
     group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
     group.add_argument("--variant", help="variant of the base's files, such as fp16")
 

@@ -1,6 +1,6 @@
-"""Labelled images from a folder, a file or the Hub, and their pixels as DiT prepares them.
+"""Labelled images from a folder, a file or the Hub, and their pixels as a model is trained on them.
 
-data = load_labelled_images(train_data_dir="my_images", max_classes=1000)
+data = load_labelled_images(train_data_dir="my_images", max_classes=10)
 """
 
 import os

@@ -9,7 +9,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ from .sampling import null_class
 
 
 def sample_grid(
-    pipe: DiTPipeline,
+    pipe: DiffusionPipeline,
     classes: list[int],
     num_images: int,
     *,
@@ -30,13 +30,13 @@ def sample_grid(
 ) -> PIL.Image.Image:
     """One row of `num_images` samples per class, from the seeds `seed`, `seed` + 1, ..., the same in each row.
 
-    The random state and the mode of the transformer are as they were afterwards.
+    The pipeline is a class-conditional one. Its transformer's mode and the random state are as before afterwards.
 
     Raises:
         ValueError: for no pictures, or a class that the model's class table does not hold.
     """
     null = null_class(pipe.transformer)
-    assert null is not None  # a DiTPipeline's transformer has one
+    assert null is not None  # a class-conditional transformer has one
     wrong = [label for label in classes if not 0 <= label <= null]
     if wrong or not classes or num_images < 1:
         raise ValueError(
