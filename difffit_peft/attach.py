@@ -125,6 +125,13 @@ def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Mod
         for name, shape in config.weight_shapes.items()
         if ".difffit_" in name or not any(module in f".{name}" for module in saved)
     }
+    saved_whole = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    closed = next((name for name in saved_whole for weight in found if weight.startswith(f"{name}.")), None)
+    if closed is not None:
+        raise ValueError(
+            f"The adapter has weights for {closed}, which another adapter of this model saves whole (modules_to_save). "
+            "Load them into two models."
+        )
     check_weight_names({*planned}, {*found})
     for name, shape in planned.items():
         if found[name] != shape:

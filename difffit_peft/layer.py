@@ -107,6 +107,10 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._scaled.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off. What is frozen stays so: peft 0.21 makes all that are active trainable."""
+        self._disable_adapters = not enabled
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample, while none is merged."""
         if self.disable_adapters and self.merged:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ class DiffFitLoaderMixin:
             force_download=force_download,
         )
         if hotswap:
-            hotswap_adapter(self.transformer, folder, adapter_name)
+            hotswap_adapter(self._model(), folder, adapter_name)
             self.set_adapters(adapter_name)
         else:
             self._attach(*read_adapter(folder), adapter_name)
@@ -89,13 +91,14 @@ class DiffFitLoaderMixin:
         """Adds an adapter that was read, and makes it the active one."""
         if config.task_type is not None:
             raise ValueError(f"task_type={config.task_type}: this adapter is for another task than a pipeline's.")
-        config.inference_mode, model = True, self.transformer
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, config)
+        config.inference_mode, adapted = True, self._adapted()
+        if adapted is None:
+            with self._not_offloaded():
+                self.transformer = adapted = PeftModel(self.transformer, config, adapter_name)
         else:
-            model = PeftModel(model, config, adapter_name)
-        set_peft_model_state_dict(model, weights, adapter_name)
-        self.transformer = model.eval()
+            adapted.add_adapter(adapter_name, config)
+        set_peft_model_state_dict(adapted, weights, adapter_name)
+        adapted.eval()
         self.set_adapters(adapter_name, 1.0)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: list[float] | float | None = None) -> None:
@@ -122,13 +125,15 @@ class DiffFitLoaderMixin:
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that have an effect: none while they are disabled, those fused while any is fused."""
-        if not self.get_list_adapters() or not self.transformer.get_model_status().enabled:
+        adapted = self._adapted()
+        if adapted is None or not adapted.get_model_status().enabled:
             return []
-        return self._fused() or self.transformer.base_model.active_adapters
+        return self._fused() or adapted.base_model.active_adapters
 
     def get_list_adapters(self) -> list[str]:
         """Names of all the adapters that are loaded."""
-        return list(self.transformer.peft_config) if isinstance(self.transformer, PeftModel) else []
+        adapted = self._adapted()
+        return [] if adapted is None else list(adapted.peft_config)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Removes adapters; without the last one the pipeline is as it was before the first.
@@ -142,18 +147,24 @@ class DiffFitLoaderMixin:
         if not remaining:
             self.unload_difffit_weights()
             return
-        active = [name for name in self.transformer.base_model.active_adapters if name in remaining]
+        model = self._model()
+        active = [name for name in model.base_model.active_adapters if name in remaining]
         enabled = bool(self.get_active_adapters())
         for name in names:
-            self.transformer.delete_adapter(name)
+            model.delete_adapter(name)
         self._activate(active or remaining[:1])
         if not enabled:
             self.disable_difffit()
 
     def unload_difffit_weights(self) -> None:
-        """Takes all adapters off, fused ones too: the transformer is the base's again."""
-        if isinstance(self.transformer, PeftModel):
-            self.transformer = self.transformer.unload()
+        """Takes all adapters off, fused ones too: the transformer is the base's again.
+
+        One that was compiled with them is then not compiled any more.
+        """
+        adapted = self._adapted()
+        if adapted is not None:
+            with self._not_offloaded():
+                self.transformer = adapted.unload()
 
     def disable_difffit(self) -> None:
         """Computes with the base alone, until `enable_difffit`.
@@ -161,9 +172,9 @@ class DiffFitLoaderMixin:
         Raises:
             ValueError: if adapters are fused, or there is none.
         """
-        self._model()
+        model = self._model()
         self._refuse_fused()
-        self.transformer.base_model.disable_adapter_layers()
+        model.base_model.disable_adapter_layers()
 
     def enable_difffit(self) -> None:
         """Computes with the active adapters again.
@@ -234,9 +245,31 @@ class DiffFitLoaderMixin:
         return list(names)
 
     def _model(self) -> PeftModel:
-        if not isinstance(self.transformer, PeftModel):
+        adapted = self._adapted()
+        if adapted is None:
             raise ValueError("The pipeline has no DiffFit adapter: call load_difffit_weights() first.")
-        return self.transformer
+        return adapted
+
+    def _adapted(self) -> PeftModel | None:
+        """The transformer, also inside of `torch.compile`, if it has adapters."""
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        return transformer if isinstance(transformer, PeftModel) else None
+
+    @contextmanager
+    def _not_offloaded(self) -> Iterator[None]:
+        """Takes off what `enable_model_cpu_offload` put on the transformer while another takes its place.
+
+        Accelerate cannot take its hooks off a `PeftModel` around a transformer that has them.
+        """
+        pipe: Any = self
+        offloaded = bool(getattr(pipe, "_all_hooks", None))
+        if offloaded:
+            pipe.remove_all_hooks()
+        try:
+            yield
+        finally:
+            if offloaded:
+                pipe.enable_model_cpu_offload(device=pipe._offload_device)
 
     def _fused(self) -> list[str]:
         # PEFT's get_model_status says it too, but takes twice as long as switching adapters does
@@ -249,5 +282,5 @@ class DiffFitLoaderMixin:
     def _activate(self, names: list[str]) -> None:
         model = self._model()
         model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
-        model.base_model.enable_adapter_layers()  # first: it makes the active ones trainable
+        model.base_model.enable_adapter_layers()
         model.base_model.set_adapter(names, inference_mode=True)

@@ -42,6 +42,8 @@ class DiffFitModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_not_adapted(model, adapter_name)  # before peft 0.21 writes the config to the model
+        _check_model(model)
+        _check_name(model, adapter_name)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @property
@@ -53,6 +55,10 @@ class DiffFitModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: DiffFitConfig, model_config: dict) -> DiffFitConfig:
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_name(model, adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
         _check_model(model)
@@ -292,10 +298,24 @@ def _check_not_adapted(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuses the name of a module: peft 0.21 saves every other adapter without the weights that have it in their name.
+
+    See https://github.com/huggingface/peft/issues/3584.
+    """
+    ours = {"model", "modules_to_save", *DiffFitLayer.adapter_layer_names, *family_of(model).added_modules}
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    if adapter_name in ours | parts:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is the name of a module, and PEFT would save other adapters without the "
+            f"weights in it. Choose another name, such as {f'adapter_{adapter_name}'!r}."
+        )
+
+
 def _check_model(model: nn.Module) -> None:
     """Refuses models whose layers are not what they seem."""
     if hasattr(model, "_orig_mod"):
-        raise ValueError("The model is compiled: attach the adapter first, and compile what get_peft_model returns.")
+        raise ValueError("The model is compiled: attach the adapter first, and compile the model then.")
     other = next(
         (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DiffFitLayer)), None
     )

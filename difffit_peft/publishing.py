@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from .reading import HUB_CACHE, PIPELINE_INDEX, read_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PICTURE = "samples.png"
+_COMPILED = "_orig_mod."  # what torch.compile puts into names
 
 
 def base_model_id(name_or_path: str) -> tuple[str, str | None]:
@@ -63,33 +65,50 @@ def save_adapter(
     """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
 
     Args:
-        model: the `PeftModel`.
+        model: the `PeftModel`, compiled or not.
         folder: each file in it appears whole or not at all; files of other names stay.
         adapter_name: which of the model's.
         repo_id: the Hub repository that the card speaks of. `None`: it speaks of the folder.
-        state_dict: weights to save in the place of the model's, as for `PeftModel.save_pretrained`.
+        state_dict: weights to save in the place of the model's, by their names in the model, compiled or not.
         license: an identifier of the Hub's, for the card.
         dataset: a Hub id or a few words, for the card.
         training: settings, for the card.
         picture: becomes `samples.png`, which the card shows.
 
     Raises:
-        ValueError: if there is no such adapter.
+        ValueError: if there is no such adapter, or `state_dict` lacks weights of it. Nothing is then changed.
     """
+    model = getattr(model, "_orig_mod", model)
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}.")
     folder = Path(folder).expanduser()
+    options: dict[str, Any] = {"save_embedding_layers": False}
+    if state_dict is not None:
+        options["state_dict"] = {name.replace(_COMPILED, ""): tensor for name, tensor in state_dict.items()}
     with whole_files(folder) as partial:
-        options: dict[str, Any] = {"save_embedding_layers": False} | ({"state_dict": state_dict} if state_dict else {})
         model.save_pretrained(str(partial), selected_adapters=[adapter_name], **options)
         for file in list((partial / adapter_name).glob("*")):  # where peft puts any adapter but "default"
             file.replace(partial / file.name)
-        trained = sum(tensor.numel() for tensor in read_weights(partial).values())
+        weights = read_weights(partial)
+        _check_whole(model, adapter_name, weights)
+        trained = sum(tensor.numel() for tensor in weights.values())
         if picture is not None:
             picture.save(partial / _PICTURE)
         name = repo_id or folder.resolve().name
         card = _model_card(model, adapter_name, name, trained, license, dataset, training, picture is not None)
         (partial / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def _check_whole(model: Any, adapter_name: str, saved: Iterable[str]) -> None:
+    """Raises `ValueError` unless all weights of the adapter were saved: peft 0.21 saves those that it finds."""
+    names = (name.replace(_COMPILED, "") for name, _ in model.named_parameters())
+    own = [name for name in names if ".difffit_" in name and name.endswith(f".{adapter_name}")]
+    missing = {name.removesuffix(f".{adapter_name}") for name in own} - {*saved}
+    if missing:
+        raise ValueError(
+            f"The weights to save lack {len(missing)} of the {len(own)} of the adapter {adapter_name!r}, for instance "
+            f"{min(missing)}: pass the state dict of this model, with its names."
+        )
 
 
 def push_adapter(

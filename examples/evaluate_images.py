@@ -39,7 +39,7 @@ from difffit_peft.training.arguments import (
     make_accelerator,
 )
 from difffit_peft.training.images import LabelledImages, to_pixels
-from difffit_peft.training.scripts import non_negative_int, positive_int, run_script
+from difffit_peft.training.scripts import launched_precision, non_negative_int, positive_int, run_script
 from diffusers.utils import make_image_grid
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     add_base_arguments(model)
     model.add_argument("--adapter", help="a DiffFit adapter: folder or Hub id; default: the base alone")
-    model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
+    model.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], default=launched_precision("no"), help="of the base too"
+    )
 
     real = parser.add_argument_group("real images")
     add_image_arguments(real)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.files import write
-from difffit_peft.training.scripts import base_dtype, positive_int, run_script
+from difffit_peft.training.scripts import base_dtype, launched_precision, positive_int, run_script
 from difffit_peft.training.visualize import label_rows, sample_grid
 
 
@@ -31,7 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the base too")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], default=launched_precision("no"), help="of the base too"
+    )
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)

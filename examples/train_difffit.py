@@ -27,6 +27,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     LoggerType,
     broadcast_object_list,
@@ -55,9 +56,19 @@ from difffit_peft.training.checkpoint import (
 from difffit_peft.training.images import LabelledImages
 from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
-from difffit_peft.training.scripts import StopSignals, non_negative_int, positive_int, run_script
+from difffit_peft.training.losses import training_scheduler
+from difffit_peft.training.scripts import (
+    StopSignals,
+    fraction,
+    launched_precision,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run_script,
+    seed_int,
+)
 from difffit_peft.training.visualize import grid_over_time, label_rows, plot_losses, sample_grid
-from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import cached_assets_path, create_repo
 from peft import PeftModel, get_peft_model
@@ -115,32 +126,38 @@ def add_difffit_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--seed", type=non_negative_int, default=0)
+    group.add_argument("--seed", type=seed_int, default=0)
     group.add_argument("--train_batch_size", type=positive_int, default=32, help="per process")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
     group.add_argument("--num_train_epochs", type=positive_int, default=100)
     group.add_argument("--max_train_steps", type=positive_int, help="overrides --num_train_epochs")
     group.add_argument(
-        "--mixed_precision", choices=["no", "fp16", "bf16"], default="bf16", help="the frozen base is held in it too"
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default=launched_precision("bf16"),
+        help="the frozen base is held in it too; default: what `accelerate launch` was told, if not no, else bf16",
     )
     group.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
     group.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")
     group.add_argument("--optimizer", choices=["adamw", "adamw_fused", "adamw_8bit"], default="adamw")
     group.add_argument(
-        "--learning_rate", type=float, default=10 * PRE_TRAINING_RATE, help="DiffFit works best at 10x pre-training's"
+        "--learning_rate",
+        type=positive_float,
+        default=10 * PRE_TRAINING_RATE,
+        help="DiffFit works best at 10x pre-training's",
     )
     group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant")
     group.add_argument(
         "--lr_warmup_steps", type=non_negative_int, default=0, help="used by constant_with_warmup, cosine, ..."
     )
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is recommended")
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--adam_beta1", type=fraction, default=0.9)
+    group.add_argument("--adam_beta2", type=fraction, default=0.999)
+    group.add_argument("--adam_weight_decay", type=non_negative_float, default=0.0)
+    group.add_argument("--adam_epsilon", type=non_negative_float, default=1e-8)
+    group.add_argument("--snr_gamma", type=positive_float, help="min-SNR weighting of the loss; 5.0 is recommended")
+    group.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="0: gradients are not clipped")
     group.add_argument("--use_ema", action=switch, default=True, help="save and show averaged weights")
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="reached slowly: a short run averages less")
+    group.add_argument("--ema_decay", type=fraction, default=0.9999, help="reached slowly: a short run averages less")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -301,7 +318,8 @@ def start(args: argparse.Namespace) -> Accelerator:
     """The accelerator. Refuses those that this script does not train under."""
     accelerator = make_accelerator(
         args,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # a plugin, as the plain argument gives way to a variable of the environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir / "logs",
         kwargs_handlers=[
@@ -339,6 +357,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> DiffFit
             f"{args.pretrained_model_name_or_path} comes with adapters: name their base, or save it with them fused "
             "and name that."
         )
+    training_scheduler(pipe.scheduler)  # refuses what cannot be trained, before images are encoded
     pipe.vae.requires_grad_(False).to(accelerator.device)
     if accelerator.distributed_type != DistributedType.FSDP:  # which moves what it shares out, block by block
         pipe.transformer.to(accelerator.device)
@@ -347,7 +366,10 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> DiffFit
 
 
 def load_data(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitDiTPipeline) -> Data:
-    """The images and their latents. Images are encoded once a checkpoint to resume is known to be of this run."""
+    """The images and their latents, and an adapter for them in the place of the transformer.
+
+    Images are encoded when the adapter is known to fit the base, and a checkpoint to resume to be of this run.
+    """
     resolution = resolution_for(pipe, args.resolution)
     images = load_images(args, accelerator, pipe)
     shown = list(range(0, len(images.class_names), math.ceil(len(images.class_names) / 4)))
@@ -359,6 +381,8 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitD
         "processes": accelerator.num_processes,
         "r": args.r,
     } | {name: getattr(args, name) for name in SETTINGS}
+
+    attach(args, pipe, images, resolution)
 
     def check(about: dict[str, Any]) -> None:
         path = checkpoint_to_resume(args)
@@ -383,27 +407,26 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitD
     return Data(images, shown, resolution, train, held_out, identity)
 
 
-def attach(args: argparse.Namespace, pipe: DiffFitDiTPipeline, data: Data) -> PeftModel:
-    """The transformer of `pipe` with a new adapter, which takes its place."""
+def attach(args: argparse.Namespace, pipe: DiffFitDiTPipeline, images: LabelledImages, resolution: int) -> None:
+    """Puts a new adapter on the transformer."""
     set_seed(args.seed)
     config = DiffFitConfig(
-        id2label=dict(enumerate(data.images.class_names)),
-        init_class_rows="base" if data.images.classes_agree(pipe.id2label) else "null",
+        id2label=dict(enumerate(images.class_names)),
+        init_class_rows="base" if images.classes_agree(pipe.id2label) else "null",
         gamma_modules=args.gamma_modules,
         gamma_layers=args.gamma_layers,
         r=args.r,
-        sample_size=data.resolution // latent_factor(pipe),
+        sample_size=resolution // latent_factor(pipe),
         background=args.background,
     )
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     pipe.transformer = get_peft_model(pipe.transformer, config)
-    return pipe.transformer
 
 
 def build(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitDiTPipeline, data: Data) -> Run:
     """All that trains, before its first step."""
-    model = attach(args, pipe, data)
+    model = pipe.transformer
     parameters = [p for p in model.parameters() if p.requires_grad]
     counts = sum(p.numel() for p in parameters), base_parameters(model)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -422,7 +445,7 @@ def build(args: argparse.Namespace, accelerator: Accelerator, pipe: DiffFitDiTPi
     loop = TrainingLoop(
         accelerator,
         *accelerator.prepare(model, optimizer, lr_scheduler),
-        DDPMScheduler.from_config(pipe.scheduler.config),
+        training_scheduler(pipe.scheduler),
         seed=args.seed,
         snr_gamma=args.snr_gamma,
         max_grad_norm=args.max_grad_norm,

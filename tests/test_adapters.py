@@ -158,6 +158,31 @@ def test_unload_leaves_no_trace(adapter, tmp_path, inputs):
     assert_equal(state(DiTTransformer2DModel.from_pretrained(tmp_path / "base")), before)
 
 
+@pytest.mark.parametrize("name", ["0", "attn1", "linear", "model", "norm1_emb", "difffit_delta", "bias"])
+def test_names_of_modules_are_not_names_of_adapters(dit, name, tmp_path):
+    """PEFT 0.21 would save the other adapters without those modules, which is seen when they are loaded."""
+    save_adapter(tmp_path)
+    for refused in (
+        lambda: get_peft_model(dit, DiffFitConfig(), adapter_name=name),
+        lambda: PeftModel.from_pretrained(dit, tmp_path, adapter_name=name),
+    ):
+        with pytest.raises(ValueError, match=f"adapter_name='{name}' is the name of a module.*'adapter_{name}'"):
+            refused()
+    assert [*dit.state_dict()] == [*make_dit().state_dict()]
+    model = get_peft_model(dit, DiffFitConfig())
+    for refused in (
+        lambda: model.add_adapter(name, DiffFitConfig()),
+        lambda: model.load_adapter(tmp_path, name),
+        lambda: model.add_weighted_adapter(["default"], [1.0], name),
+    ):
+        with pytest.raises(ValueError, match=f"adapter_name='{name}' is the name of a module"):
+            refused()
+    assert [*model.peft_config] == ["default"]
+    model.add_adapter(f"adapter_{name}", DiffFitConfig())
+    model.save_pretrained(tmp_path / "both", save_embedding_layers=False)
+    PeftModel.from_pretrained(make_dit(), tmp_path / "both")
+
+
 def test_two_adapters_are_independent(adapter, inputs):
     dit = make_dit()
     expected = outputs(dit, inputs)
@@ -495,6 +520,14 @@ def test_modules_to_save_of_one_adapter_are_closed_to_the_next(inputs, tmp_path)
     config.exclude_modules = ["proj_out_2"]
     loaded = PeftModel.from_pretrained(make_dit(), tmp_path / "b", config=config)
     assert torch.equal(outputs(loaded, inputs), expected)
+
+
+def test_an_adapter_of_modules_that_another_saves_whole_is_refused(dit, tmp_path):
+    save_adapter(tmp_path)
+    model = get_peft_model(dit, DiffFitConfig(modules_to_save=["proj_out_2"]), adapter_name="a")
+    with pytest.raises(ValueError, match="weights for proj_out_2, which another adapter of this model saves whole"):
+        model.load_adapter(tmp_path, "b")
+    assert [*model.peft_config] == ["a"]
 
 
 def test_modules_to_save_that_are_adapted_already_are_refused(dit):

@@ -289,6 +289,33 @@ def test_the_card_names_a_class_that_is_found(pipe, tmp_path):
     assert 'pipe.get_label_ids("owl")' in (tmp_path / "README.md").read_text()
 
 
+def test_a_pipeline_takes_names_and_indices(folder, pipe):
+    pipe.load_difffit_weights(folder / "fox")
+    expected = images(pipe, (1, 0))
+    for labels in (
+        ["owl", 0],
+        torch.tensor([1, 0]),
+        np.array([1, 0]),
+        [np.int64(1), torch.tensor(0)],
+        range(1, -1, -1),
+    ):
+        sample = pipe(labels, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
+        assert torch.equal(torch.as_tensor(sample.images), expected)
+    for one in ("owl", 1, torch.tensor(1)):
+        sample = pipe(one, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
+        assert torch.equal(torch.as_tensor(sample.images), images(pipe, (1,)))
+    assert images(pipe, (1000,)).isfinite().all()  # the null class
+    for labels, message in {
+        (0, 1001): "1001 is not a class: .* an index from 0 to 1000",
+        (-1,): "-1 is not a class",
+        (0.5,): "0.5 is not a class",
+        ("owll",): "'owll' is not a class.*Did you mean 'owl'",
+        (): "class_labels is empty",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            images(pipe, labels)
+
+
 # The null class is the base's
 
 

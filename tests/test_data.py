@@ -489,6 +489,24 @@ def test_refuses_images_outside_a_class(tmp_path, load, stray):
         load(folder)
 
 
+def test_refuses_metadata_of_another_name(tmp_path, load):
+    write_folder(tmp_path, ["ant"])
+    (tmp_path / "ant" / "0.png").rename(tmp_path / "0.png")
+    (tmp_path / "labels.csv").write_text("file_name,label\n0.png,ant\n")
+    with pytest.raises(ValueError, match=r"0.png does not lie in.*a file called metadata.csv or (.|\n)*labels.csv"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["train"], ["train", "test"], ["training", "val", "eval"]])
+def test_refuses_splits_that_would_be_classes(tmp_path, load, names):
+    """`datasets` takes them for classes, too: https://github.com/huggingface/datasets/issues/7880."""
+    folder = write_folder(tmp_path / "images", names)
+    with pytest.raises(ValueError, match=f"lie right in .*{names[0]}.*what splits are called, .*/<class>/<image>"):
+        load(folder)
+    write_folder(folder, ["bus"])
+    assert load(folder).class_names == sorted([*names, "bus"])
+
+
 def test_refuses_missing_columns(tmp_path, load):
     folder = write_folder(tmp_path / "images")
     with pytest.raises(ValueError, match=r"image_column is 'img'.*\['image', 'label'\]"):
@@ -505,6 +523,14 @@ def test_refuses_columns_of_another_type(tmp_path, load):
         load(path, label_column="image")
     with pytest.raises(ValueError, match="image_column 'label' holds"):
         load(path, image_column="label")
+
+
+def test_refuses_an_empty_row_of_integers_in_csv(tmp_path, load):
+    """It makes floats of the others."""
+    write_folder(tmp_path, ["all"])
+    (tmp_path / "metadata.csv").write_text("file_name,label\nall/0.png,1\nall/1.png,\n")
+    with pytest.raises(ValueError, match="label_column 'label' is empty in row 1: every image needs a class"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

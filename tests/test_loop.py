@@ -35,6 +35,24 @@ def test_training_takes_16_bytes_a_parameter_beside_the_frozen_base():
     assert used == [16 * sum(p.numel() for p in parameters)] * 2
 
 
+def test_a_norm_of_0_clips_nothing():
+    """As in other training scripts. Clipped to 0, nothing would be trained, and nothing would say so."""
+    weights = []
+    for max_grad_norm in (0.0, 1e9):
+        torch.manual_seed(0)
+        model = get_peft_model(make_dit(num_layers=2), DiffFitConfig())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        accelerator = Accelerator(cpu=True)
+        prepared = accelerator.prepare(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+        loop = TrainingLoop(accelerator, *prepared, DDPMScheduler(), seed=0, max_grad_norm=max_grad_norm)
+        latents = LatentDataset(torch.ones(1, 4, 4, 8, 8), torch.ones(1, 4, 4, 8, 8), torch.arange(4))
+        before = loop.trained_weights()
+        list(loop.steps(DataLoader(latents, 4)))
+        weights.append(loop.trained_weights())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights[0].items())
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+
+
 def make_unet() -> UNet2DModel:
     """A class-conditional model without a null class."""
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}

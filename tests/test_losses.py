@@ -4,14 +4,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from peft import get_peft_model
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from difffit_peft import DiffFitConfig
-from difffit_peft.training.losses import _discretized_gaussian_log_likelihood, diffusion_loss, vlb_loss
+from difffit_peft.training.losses import (
+    _discretized_gaussian_log_likelihood,
+    diffusion_loss,
+    training_scheduler,
+    vlb_loss,
+)
 
 STEPS = 20
 SHAPE = (5, 2, 3, 3)  # batch, channels, height, width
@@ -169,6 +181,32 @@ def test_refuses_other_prediction_types():
     x_0 = torch.zeros(SHAPE)
     with pytest.raises(ValueError, match="'sample' cannot be trained: use 'epsilon' or 'v_prediction'"):
         diffusion_loss(x_0, x_0, x_0, tensor(TIMESTEPS), scheduler("sample"))
+
+
+def test_the_schedule_of_training_is_that_of_sampling():
+    """Of the same betas, also in pipelines that sample with other schedulers."""
+    options = {"beta_start": 1e-3, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    expected = DDPMScheduler(**options)
+    for other in (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler):
+        found = training_scheduler(other(**options))
+        assert type(found) is DDPMScheduler and found.config.prediction_type == "v_prediction"
+        assert torch.equal(found.betas, expected.betas)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            "FlowMatchEulerDiscreteScheduler, which has no betas.*such as flow matching",
+        ),
+        (EDMEulerScheduler(), "EDMEulerScheduler, which has no betas"),
+        (DDIMScheduler(prediction_type="sample"), "'sample' cannot be trained"),
+    ],
+)
+def test_refuses_what_was_not_trained_as_ddpm(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        training_scheduler(scheduler)
 
 
 class NoFloat64(TorchDispatchMode):

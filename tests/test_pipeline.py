@@ -9,8 +9,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import HUB, images, make_dit, make_pipeline, save_adapter
-from diffusers import DiTPipeline
+from conftest import HUB, images, make_dit, make_pipeline, randomise, save_adapter
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -451,7 +451,30 @@ def test_fields_of_a_config_are_not_taken_beside_its_file(folder):
         DiffFitConfig.from_pretrained(str(folder / "fox"), r=2, inference_mode=True)
 
 
+def test_a_base_that_leaves_its_output_channels_open(tmp_path):
+    """`None` means as many as go in, which the stock pipeline does not know."""
+    model = get_peft_model(make_dit(out_channels=None), DiffFitConfig(num_classes=3))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    make_pipeline(out_channels=None).save_pretrained(tmp_path / "base")
+    pipe = DiffFitDiTPipeline.from_pretrained(tmp_path / "base")
+    pipe.load_difffit_weights(tmp_path / "adapter")
+    expected = make_pipeline(out_channels=4)
+    expected.transformer = PeftModel.from_pretrained(expected.transformer, tmp_path / "adapter")
+    assert torch.equal(images(pipe), images(expected))
+
+
 # Refusals
+
+
+def test_a_scheduler_that_starts_from_other_noise_is_refused(pipe):
+    """`DiTPipeline` does not scale the noise it starts from: the pictures would be noise, and nothing would say so."""
+    for other in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        pipe.scheduler = other.from_config(pipe.scheduler.config)
+        assert images(pipe).isfinite().all()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler starts from noise of standard deviation 157.4, and a"):
+        images(pipe)
 
 
 def test_label_ids_of_unknown_names(pipe):

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 import PIL.Image
@@ -145,6 +145,35 @@ def test_numbers_on_the_command_line(least, capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([f"--number={wrong}"])
         assert f"'{wrong}' is not a whole number from {least} up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong", "message"),
+    [
+        (
+            scripts.seed_int,
+            ["0", str(2**32 - 1)],
+            ["-1", str(2**32), "1.5"],
+            "is not a (seed: NumPy takes )?whole number",
+        ),
+        (scripts.positive_float, ["1e-3"], ["0", "-1", "nan", "inf", "x"], "is not a number above 0"),
+        (scripts.non_negative_float, ["0", "1"], ["-1", "nan", "inf"], "is not a number from 0 up"),
+        (scripts.fraction, ["0", "0.999"], ["1", "-0.1", "nan"], "is not a number from 0 to below 1"),
+    ],
+)
+def test_other_numbers_on_the_command_line(kind, right, wrong, message):
+    assert [kind(text) for text in right] == [float(text) for text in right]
+    for text in wrong:
+        with pytest.raises(ArgumentTypeError, match=message):
+            kind(text)
+
+
+def test_precision_is_what_accelerate_launch_was_told(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert scripts.launched_precision("bf16") == "bf16"
+    for told, expected in {"fp16": "fp16", "bf16": "bf16", "no": "bf16", "fp8": "bf16"}.items():
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        assert scripts.launched_precision("bf16") == expected
 
 
 def test_fp16_is_not_for_a_cpu():

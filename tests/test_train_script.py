@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_pipeline
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -193,6 +193,22 @@ def test_accumulated_steps_bf16_and_no_average(script, workdir):
     assert PIL.Image.open(result.grids[-1]).size == (16, 2 * 16)
     adapter = load_file(result.output_dir / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in adapter.values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("ACCELERATE_DYNAMO_BACKEND", "EAGER"), ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")]
+)
+def test_what_accelerate_launch_sets_changes_no_weights(script, workdir, result, monkeypatch, variable, value):
+    """A backend puts `_orig_mod.` into the names of weights; steps are what the script is told."""
+    monkeypatch.setenv(variable, value)
+    other = run(script, workdir, value, "--num_validation_images", "0", "--checkpointing_steps", "2")
+    assert other.steps == STEPS
+    ours, theirs = (load_file(r.output_dir / "adapter_model.safetensors") for r in (other, result))
+    assert ours.keys() == theirs.keys()
+    for name in [name for name in ours if "to_k.difffit_delta" not in name]:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    checkpoint = load_file(other.output_dir / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in checkpoint.items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script, workdir):
@@ -465,14 +481,17 @@ def launch(workdir: Path, config: str, script: Path, output: str, *flags: str) -
     assert process.returncode == 0, process.stderr[-3000:]
 
 
+WARMUP = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "5"]  # Accelerate steps it in each process
+
+
 @pytest.fixture(scope="module")
 def alone(script, workdir):
-    return run(script, workdir, "alone", "--max_train_steps", "20", "--num_validation_images", "0")
+    return run(script, workdir, "alone", "--max_train_steps", "20", "--num_validation_images", "0", *WARMUP)
 
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
 def test_two_processes_train_as_one_with_twice_the_batch(alone, workdir, config):
-    flags = ["--train_batch_size", "2", "--num_held_out_images", "0", "--num_validation_images"]
+    flags = [*WARMUP, "--train_batch_size", "2", "--num_held_out_images", "0", "--num_validation_images"]
     if config == "ddp.yaml":
         launch(workdir, config, SCRIPT, config, *flags, "0", "--max_train_steps", "20")
     else:  # stopped and resumed, with pictures
@@ -538,3 +557,20 @@ def test_what_a_run_leaves_to_see(script, workdir):
 def test_refuses(script, workdir, flags, message):
     with pytest.raises(ValueError, match=message):
         run(script, workdir, "refused", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gamma_modules", "attn1.to_x"], "'attn1.to_x' matches no layer.*Did you mean 'attn1.to_v'"),
+        (["--pretrained_model_name_or_path", "flow"], "FlowMatchEulerDiscreteScheduler, which has no betas"),
+    ],
+)
+def test_refuses_before_images_are_encoded(script, workdir, tmp_path, flags, message):
+    pipe = make_pipeline(num_layers=2)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.save_pretrained(tmp_path / "flow")
+    flags = [str(tmp_path / flag) if flag == "flow" else flag for flag in flags]
+    with pytest.raises(ValueError, match=message):
+        run(script, workdir, "refused", *flags, "--cache_dir", str(tmp_path / "cache"))
+    assert not list(tmp_path.glob("cache/latents-*"))

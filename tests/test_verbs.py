@@ -351,6 +351,21 @@ def test_a_loaded_adapter_is_trained_on(saved, inputs):
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
+def test_disabled_for_a_while_frozen_adapters_stay_frozen(saved):
+    """PEFT 0.21 makes them trainable: https://github.com/huggingface/peft/issues/3447."""
+    model = PeftModel.from_pretrained(make_dit(), saved / "fox", adapter_name="fox")
+    model.load_adapter(saved / "owl", "owl", is_trainable=True)
+    for active in ("fox", "owl"):
+        model.base_model.set_adapter(active, inference_mode=active == "fox")
+        if active == "fox":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.endswith(".owl"))
+        with model.disable_adapter():
+            pass
+        found = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert found == {"owl"}
+
+
 def test_injected_without_a_peft_model(saved, inputs):
     expected = outputs(PeftModel.from_pretrained(make_dit(), saved / "fox"), inputs)
     dit = make_dit()

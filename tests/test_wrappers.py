@@ -3,11 +3,11 @@
 import accelerate
 import pytest
 import torch
-from conftest import CLOSE, images, make_dit, make_inputs, make_pipeline, outputs, randomise
+from conftest import CLOSE, images, make_dit, make_inputs, make_pipeline, outputs, randomise, save_adapter
 from diffusers import DiTTransformer2DModel, QuantoConfig, TorchAoConfig
 from peft import PeftModel, get_peft_model
 
-from difffit_peft import DiffFitConfig, hotswap_adapter
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, hotswap_adapter, publishing
 
 
 def train(model, inputs, steps: int = 8) -> list[float]:
@@ -59,6 +59,81 @@ def test_compiled_training_gives_the_same_gradients(inputs):
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_a_compiled_model_is_saved_whole(tmp_path, inputs):
+    model = get_peft_model(make_dit(), DiffFitConfig(num_classes=3))
+    randomise(model)
+    compiled = torch.compile(model, backend="eager")
+    model.add_adapter("other", DiffFitConfig())
+    expected = outputs(model, inputs)
+
+    def saved(name: str) -> torch.Tensor:
+        return outputs(PeftModel.from_pretrained(make_dit(), tmp_path / name), inputs)
+
+    states = {"itself": None, "state": model.state_dict(), "compiled": compiled.state_dict()}
+    for name, state in states.items():
+        publishing.save_adapter(compiled, tmp_path / name, state_dict=state)
+        assert torch.equal(saved(name), expected)
+    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    less = {name: tensor for name, tensor in model.state_dict().items() if "proj_out_1" not in name}
+    total = sum(name.endswith(".default") for name, _ in model.named_parameters())
+    for state, count in ((wrapped, total), (less, 1), ({}, total)):
+        with pytest.raises(ValueError, match=f"lack {count} of the {total} of the adapter 'default', for instance "):
+            publishing.save_adapter(model, tmp_path / "itself", state_dict=state)
+    assert torch.equal(saved("itself"), expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`base`, a pipeline, and adapters of it, `a` and `b`."""
+    make_pipeline().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        save_adapter(tmp_path / name, seed, num_classes=3)
+    return tmp_path
+
+
+def load(folder, adapter: str | None = None) -> DiffFitDiTPipeline:
+    pipe = DiffFitDiTPipeline.from_pretrained(folder / "base")
+    if adapter is not None:
+        pipe.load_difffit_weights(folder / adapter, "x")
+    return pipe
+
+
+def test_every_verb_works_on_a_compiled_pipeline(folder):
+    base, a, b = (images(load(folder, name)) for name in (None, "a", "b"))
+    pipe = load(folder, "a")
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert pipe.get_list_adapters() == pipe.get_active_adapters() == ["x"]
+    assert torch.equal(images(pipe), a)
+    pipe.load_difffit_weights(folder / "b", "x", hotswap=True)
+    torch.testing.assert_close(images(pipe), b, **CLOSE)
+    pipe.load_difffit_weights(folder / "a", "y")
+    torch.testing.assert_close(images(pipe), a, **CLOSE)
+    pipe.save_pretrained(folder / "pipeline")
+    pipe.save_difffit_weights(folder / "adapter")
+    loaded = DiffFitDiTPipeline.from_pretrained(folder / "pipeline")
+    assert loaded.get_list_adapters() == ["x", "y"] and torch.equal(images(loaded), a)
+    assert torch.equal(images(load(folder, "adapter")), a)
+    pipe.set_adapters(["x", "y"], [0.0, 1.0])
+    pipe.delete_adapters("x")
+    pipe.fuse_difffit()
+    torch.testing.assert_close(images(pipe), a, **CLOSE)
+    pipe.unfuse_difffit()
+    pipe.disable_difffit()
+    torch.testing.assert_close(images(pipe), base, **CLOSE)
+    pipe.enable_difffit()
+    pipe.unload_difffit_weights()
+    assert torch.equal(images(pipe), base) and pipe.get_list_adapters() == []
+
+
+def test_a_compiled_base_takes_adapters_before_it_is_compiled(folder):
+    pipe = load(folder)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    base = images(pipe)
+    with pytest.raises(ValueError, match="The model is compiled: attach the adapter first"):
+        pipe.load_difffit_weights(folder / "a")
+    assert torch.equal(images(pipe), base) and pipe.get_list_adapters() == []
 
 
 # Quantised bases
@@ -149,3 +224,25 @@ def test_a_pipeline_with_model_offload_samples():
     pipe.enable_model_cpu_offload(device="cpu")
     assert torch.equal(images(pipe), expected)
     assert torch.equal(images(pipe), expected)  # and once more, with what the first call has offloaded
+
+
+def test_adapters_come_and_go_while_the_pipeline_offloads(folder):
+    base, a, b = (images(load(folder, name)) for name in (None, "a", "b"))
+    pipe = load(folder)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(images(pipe), base)
+        pipe.load_difffit_weights(folder / "a", "a")
+        assert torch.equal(images(pipe), a)
+        pipe.load_difffit_weights(folder / "b", "b")
+        assert torch.equal(images(pipe), b)
+        pipe.fuse_difffit()
+        torch.testing.assert_close(images(pipe), b, **CLOSE)
+        pipe.save_pretrained(folder / "fused")
+        pipe.unfuse_difffit()
+        pipe.unload_difffit_weights()
+    assert [type(hook.model).__name__ for hook in pipe._all_hooks] == ["DiTTransformer2DModel", "AutoencoderKL"]
+    with pytest.raises(ValueError, match="is the name of a module"):
+        pipe.load_difffit_weights(folder / "a", "0")
+    assert torch.equal(images(pipe), base)  # offloading still
+    assert [type(hook.model).__name__ for hook in pipe._all_hooks] == ["DiTTransformer2DModel", "AutoencoderKL"]

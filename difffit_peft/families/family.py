@@ -21,6 +21,7 @@ class Family:
         gamma_share: the share of each list of blocks, counted from the first, whose layers get γ by default. Rounded
             up.
         low_rank_modules: the endings, in every block, that get a change of low rank where a config asks for one.
+        added_modules: names of the modules that `prepare` adds to the model.
         class_table: ending of the name of the `nn.Embedding` of classes, whose last row is the null class.
         pipeline: name of the class of this package that is a pipeline of such a model, if there is one.
     """
@@ -29,6 +30,7 @@ class Family:
     gamma_modules: tuple[str, ...] | None = None
     gamma_share: float = 1.0
     low_rank_modules: tuple[str, ...] | None = None
+    added_modules: tuple[str, ...] = ()
     class_table: str | None = None
     pipeline: str | None = None
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from datasets import ClassLabel, Features, Image, load_dataset, load_dataset_builder
 from datasets import Dataset as Table
-from datasets.data_files import EmptyDatasetError
+from datasets.data_files import SPLIT_KEYWORDS, EmptyDatasetError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # so many examples in a message
+_SPLIT_NAMES = {name for names in SPLIT_KEYWORDS.values() for name in names}
 
 
 def load_local(path: Path, split: str, cache_dir: str | None) -> Table:
@@ -137,10 +138,16 @@ def _load_classes(root: Path, scan: _Scan) -> Table:
     if misplaced:
         raise ValueError(
             f"{root / misplaced[0]} does not lie in a class's folder: expected {root}/<class>/<image> for every image "
-            f"({len(misplaced)} of {len(scan.images)} lie elsewhere). One class needs its folder too."
+            f"({len(misplaced)} of {len(scan.images)} lie elsewhere). One class needs its folder too. Classes may also "
+            f"stand in a file called {' or '.join(ImageFolder.METADATA_FILENAMES)}.{_told(scan.left_out)}"
         )
     folders = [os.path.dirname(file) for file in scan.images]
     names = sorted(set(folders))
+    if {*names} <= _SPLIT_NAMES:
+        raise ValueError(
+            f"The images in {root} lie right in {listed(names)}, which is what splits are called, and no class: put "
+            f"them into a folder per class, such as {names[-1]}/<class>/<image>."
+        )
     scan.left_out["folders without images, which become no classes"] = sorted(set(scan.folders) - set(names))
     rows = {"image": [str(root / file) for file in scan.images], "label": folders}
     return Table.from_dict(rows, features=Features({"image": Image(), "label": ClassLabel(names=names)}))

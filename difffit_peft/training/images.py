@@ -146,15 +146,15 @@ def _labels(table: Table, column: str, max_classes: int | None) -> tuple[Tensor,
     feature = table.features[column]
     values = table.select_columns(column)[:][column]
     dtype = feature.dtype if isinstance(feature, Value) else None
+    for nothing in (None, ""):  # first: where a row is empty, a CSV file of integers is read as floats
+        if nothing in values:
+            row = values.index(nothing)
+            raise ValueError(f"label_column {column!r} is empty in row {row}: every image needs a class.")
     if not isinstance(feature, ClassLabel) and dtype not in _STRINGS and "int" not in str(dtype):
         raise ValueError(
             f"label_column {column!r} holds {feature}: expected one class per image, as a ClassLabel, a string or an "
             f"integer. The columns are {table.column_names}."
         )
-    for nothing in (None, ""):
-        if nothing in values:
-            row = values.index(nothing)
-            raise ValueError(f"label_column {column!r} is empty in row {row}: every image needs a class.")
     if dtype in _STRINGS:
         names = sorted(set(values))
         index = {name: i for i, name in enumerate(names)}

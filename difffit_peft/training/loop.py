@@ -50,7 +50,7 @@ class TrainingLoop:
         noise_scheduler: with the `betas` and the `prediction_type` of the base.
         seed: of all draws.
         snr_gamma: min-SNR weighting, see `losses.diffusion_loss`.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0: they are not.
         ema_decay: of the average of the weights (Diffusers' `EMAModel`, warmed up); `None`: no average.
         compile: call the model through `torch.compile`.
 
@@ -77,7 +77,7 @@ class TrainingLoop:
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.lr_scheduler = accelerator, model, optimizer, lr_scheduler
         self.noise_scheduler, self.seed = noise_scheduler, seed
-        self.snr_gamma, self.max_grad_norm = snr_gamma, max_grad_norm
+        self.snr_gamma, self.max_grad_norm = snr_gamma, max_grad_norm or math.inf
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = None
         if ema_decay is not None:
@@ -87,6 +87,8 @@ class TrainingLoop:
         self.seconds: list[float] = []
         self.stopping = self._stop_asked = False
         self._forward = torch.compile(model) if compile else model
+        # without what Accelerate puts around it, for several processes and `accelerate launch --dynamo_backend`
+        self._plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         self._null_class = null_class(model)
         disable_label_dropout(model)
 
@@ -137,7 +139,7 @@ class TrainingLoop:
 
         With FSDP all processes must call it.
         """
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._plain
         training, device = model.training, self.accelerator.device
         model.eval()
         losses = []
@@ -151,7 +153,7 @@ class TrainingLoop:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The trained weights by name, whole, in the memory of the CPU. All processes must call it."""
-        names = [n for n, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad]
+        names = [n for n, p in self._plain.named_parameters() if p.requires_grad]
         return dict(zip(names, self._split(self._flat()), strict=True))
 
     @contextmanager

@@ -10,12 +10,33 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 # Published DiTs treat a latent like an image of 8 bits a channel when they score the last denoising step.
 _BIN_HALF_WIDTH = 1 / 255
+
+
+def training_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
+    """The schedule that a base was trained with, from the scheduler that its pipeline samples with.
+
+    Raises:
+        ValueError: if that is no schedule of noise added in steps of variance `betas`, such as one of flow matching.
+    """
+    if not hasattr(scheduler, "betas"):
+        raise ValueError(
+            f"The base is sampled with {type(scheduler).__name__}, which has no betas: the base is trained by another "
+            "method than DDPM's, such as flow matching, and cannot be trained on here."
+        )
+    _check_prediction_type(scheduler)
+    return DDPMScheduler.from_config(scheduler.config)
+
+
+def _check_prediction_type(scheduler: SchedulerMixin) -> None:
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type {prediction_type!r} cannot be trained: use 'epsilon' or 'v_prediction'.")
 
 
 def diffusion_loss(
@@ -46,9 +67,8 @@ def diffusion_loss(
     Raises:
         ValueError: for another prediction type, or another number of channels.
     """
+    _check_prediction_type(scheduler)
     prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction_type {prediction_type!r} cannot be trained: use 'epsilon' or 'v_prediction'.")
     channels = x_0.shape[1]
     if model_output.shape[1] not in (channels, 2 * channels):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import signal
 import sys
@@ -34,6 +35,44 @@ def _int_from(least: int, text: str) -> int:
     if not text.strip().isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
     return int(text)
+
+
+def seed_int(text: str) -> int:
+    value = _int_from(0, text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: NumPy takes whole numbers up to {2**32 - 1}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    return _float(text, "above 0", lambda value: 0 < value < math.inf)
+
+
+def non_negative_float(text: str) -> float:
+    return _float(text, "from 0 up", lambda value: 0 <= value < math.inf)
+
+
+def fraction(text: str) -> float:
+    return _float(text, "from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+def _float(text: str, which: str, fits: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {which}")
+    return value
+
+
+def launched_precision(default: str) -> str:
+    """The mixed precision that `accelerate launch`, or its config, was told; `default` if it was told none.
+
+    Without it Accelerate would pass over its own setting wherever a script has one. It says "no" for none, too.
+    """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    return told if told in ("fp16", "bf16") else default
 
 
 def base_dtype(accelerator: Accelerator) -> torch.dtype:

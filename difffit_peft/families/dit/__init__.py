@@ -37,6 +37,7 @@ class DiT(Family):
     gamma_modules: tuple[str, ...] | None = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2")
     gamma_share: float = 0.5
     low_rank_modules: tuple[str, ...] | None = ("attn1.to_out.0", "ff.net.2")
+    added_modules: tuple[str, ...] = ("norm1_emb",)
     class_table: str | None = "class_embedder.embedding_table"
     pipeline: str | None = "DiffFitDiTPipeline"
 
@@ -45,7 +46,8 @@ class DiT(Family):
         return replace(self, gamma_modules=("norm1.linear",), gamma_share=1.0) if version == 0 else self
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        return {name: model.config[name] for name in _FACTS} | {"sample_size": resolution.base_sample_size(model)}
+        resolved = {"out_channels": model.out_channels, "sample_size": resolution.base_sample_size(model)}
+        return {name: model.config[name] for name in _FACTS} | resolved
 
     def move_to(self, model: nn.Module, sample_size: int) -> None:
         resolution.set_sample_size(model, sample_size)

@@ -12,11 +12,11 @@ from typing import Any
 from diffusers import DiTPipeline
 from huggingface_hub import HfApi, create_repo, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
+from ...config import plain
 from ...files import write
 from ...loader import DiffFitLoaderMixin
 from ...publishing import save_adapter
@@ -40,6 +40,8 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
     @functools.wraps(DiTPipeline.__init__)  # type: ignore[misc]  # Diffusers reads the parameters and their types
     def __init__(self, transformer: Any, vae: Any, scheduler: Any, id2label: dict[int, str] | None = None) -> None:
         super().__init__(transformer, vae, scheduler)
+        if transformer.config.out_channels is None:  # as many as go in, which `DiTPipeline` does not know
+            transformer.register_to_config(out_channels=transformer.config.in_channels)
         names = names_of_base(transformer) if id2label is None else id2label
         if names is not None:
             # JSON's indices are strings
@@ -73,20 +75,37 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         kept = names_of_base(self.transformer)
         return self._base_id2label if kept is None else kept
 
-    def __call__(self, class_labels: list[int], *args: Any, **kwargs: Any) -> Any:
-        """As `DiTPipeline` does, but guided by the base's own null class, where that one takes class 1000 for it."""
-        null = self.transformer.config.num_embeds_ada_norm
+    def __call__(self, class_labels: list[int | str] | int | str, *args: Any, **kwargs: Any) -> Any:
+        """As `DiTPipeline` does, but guided by the base's own null class, where that one takes class 1000 for it.
+
+        Classes are given by index, the null class among them, or by name as to `get_label_ids`.
+
+        Raises:
+            ValueError: for a label that is no class; for a scheduler that starts from noise of another standard
+                deviation than 1, which is what `DiTPipeline` would give it.
+        """
+        deviation = float(getattr(self.scheduler, "init_noise_sigma", 1))
+        if abs(deviation - 1) > 1e-3:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} starts from noise of standard deviation {deviation:.4g}, and a "
+                "DiTPipeline starts from 1: use a scheduler that does too, such as DDIMScheduler, "
+                "DPMSolverMultistepScheduler or UniPCMultistepScheduler."
+            )
+        given, null = plain(class_labels), self.transformer.config.num_embeds_ada_norm
+        labels = class_indices([given] if isinstance(given, (int, str)) else given, self.id2label, null + 1)
+        if not labels:
+            raise ValueError("class_labels is empty: give at least one class.")
         if null == 1000:
-            return super().__call__(class_labels, *args, **kwargs)
+            return super().__call__(labels, *args, **kwargs)
 
         def with_null_class(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            labels = kwargs["class_labels"].clone()
-            labels[len(class_labels) :] = null  # the second half, where there is guidance
-            return args, kwargs | {"class_labels": labels}
+            guided = kwargs["class_labels"].clone()
+            guided[len(labels) :] = null  # the second half, where there is guidance
+            return args, kwargs | {"class_labels": guided}
 
         handle = self.transformer.register_forward_pre_hook(with_null_class, with_kwargs=True)
         try:
-            return super().__call__(class_labels, *args, **kwargs)
+            return super().__call__(labels, *args, **kwargs)
         finally:
             handle.remove()
 
@@ -171,24 +190,24 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
                 would be loaded with what it does write. Nothing is then changed.
         """
         save_directory = os.path.expanduser(save_directory)
-        adapted, fused = self.transformer, self._fused()
+        transformer, adapted, fused = self.transformer, self._adapted(), self._fused()
         folder = Path(save_directory, _ADAPTERS)
         saved = self._refuse_others(str(folder), {f.name for f in folder.glob("*") if f.is_dir()})
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True: call push_to_hub(repo_id), which uploads the adapters too.")
-        if saved:
+        if adapted is not None and saved:
             layers = adapted.base_model._difffit_layers()
             scales = {
                 name: next(float(layer.scale[name]) for layer in layers if name in layer.scale)
                 for name in self.get_active_adapters()
             }
         try:
-            if isinstance(adapted, PeftModel):
-                plain = copy.deepcopy(adapted)
-                self.transformer = plain.merge_and_unload(adapter_names=fused) if fused else plain.unload()
+            if adapted is not None:
+                other = copy.deepcopy(adapted)
+                self.transformer = other.merge_and_unload(adapter_names=fused) if fused else other.unload()
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.transformer = adapted
+            self.transformer = transformer
         index = Path(save_directory, self.config_name)
         stock = {"_class_name": "DiTPipeline", "id2label": self._base_names() if saved else self.id2label}
         text = json.dumps(json.loads(index.read_text()) | stock, indent=2)
