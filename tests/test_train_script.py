@@ -211,6 +211,13 @@ def test_what_accelerate_launch_sets_changes_no_weights(script, workdir, result,
     assert all(torch.equal(ours[name], tensor) for name, tensor in checkpoint.items())
 
 
+def test_precision_is_what_accelerate_launch_was_told_or_the_flag(script, workdir, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for flags, expected in (((), "fp16"), (("--mixed_precision", "no"), "no")):
+        base = ["--pretrained_model_name_or_path", str(workdir / "base"), "--train_data_dir", "images"]
+        assert script.parse_args([*base, "--output_dir", "out", *flags]).mixed_precision == expected
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(script, workdir):
     flags = ("--learning_rate", "1e30", "--num_validation_images", "0")
     with pytest.raises(RuntimeError, match=r"at step 2: lower the learning rate"):
