@@ -8,6 +8,7 @@ finds it, and pictures of fixed classes and seeds to `--output_dir/validation`. 
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -543,8 +544,8 @@ def save(run: Run) -> None:
         save_checkpoint(args.output_dir, loop.step, state, run.identity, args.checkpoints_total_limit, adapter)
 
 
-def train(run: Run) -> None:
-    """Trains to the last step. Ends the process after the step it is in if a signal asks for it."""
+def train(run: Run) -> int:
+    """Trains to the last step, or to the one at which a signal asks for an end: then the exit code is not 0."""
     args, loop, accelerator = run.args, run.loop, run.accelerator
     hidden = not accelerator.is_local_main_process
     with StopSignals(loop.stop, show=not hidden) as signals:
@@ -570,8 +571,8 @@ def train(run: Run) -> None:
     if loop.stopping:
         accelerator.print(f"Stopped after step {loop.step}; go on with --resume_from_checkpoint latest")
         accelerator.wait_for_everyone()  # a launcher ends all when the first one ends with an error
-        accelerator.end_training()
-        raise SystemExit(signals.exit_code)
+        return signals.exit_code
+    return 0
 
 
 def grids_of(run: Run) -> list[Path]:
@@ -638,7 +639,6 @@ def finish(run: Run, repo_id: str | None) -> Result:
         )
         if repo_id is not None:  # last: whatever the Hub does, all is on disk
             accelerator.print(push_adapter(run.model, repo_id, state_dict=weights, **card).commit_url)
-    accelerator.end_training()
     return result
 
 
@@ -655,8 +655,17 @@ def main(args: argparse.Namespace) -> Result:
     if args.report_to != "none":
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("difffit", config=settings)
-    train(run)
-    return finish(run, repo_id)
+    exit_code = train(run)
+    result = None if exit_code else finish(run, repo_id)
+    # The model goes before its process group. DDP's reducer, if it is the last to hold the group, waits for a thread of
+    # Gloo's without letting go of Python's lock, which that thread may be waiting for (torch 2.13).
+    del run
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+    if result is None:
+        raise SystemExit(exit_code)
+    return result
 
 
 if __name__ == "__main__":
