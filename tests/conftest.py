@@ -1,4 +1,6 @@
+import io
 import os
+import zipfile
 from tempfile import TemporaryDirectory
 
 from hub_server import HubServer
@@ -9,12 +11,16 @@ _HF_HOME = TemporaryDirectory(prefix="difffit-hf-home-")
 os.environ |= {"HF_ENDPOINT": HUB.endpoint, "HF_HOME": _HF_HOME.name, "HF_HUB_DISABLE_XET": "1"}
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": HUB.add_user("me")}
 
+import numpy as np  # noqa: E402
+import PIL.Image  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset, Features, Image  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 
 from difffit_peft import DiffFitConfig  # noqa: E402
+from difffit_peft.training.images import load_labelled_images  # noqa: E402
 
 NULL = 1000
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same formula, summed in another order
@@ -97,3 +103,47 @@ def dit() -> DiTTransformer2DModel:
 @pytest.fixture
 def inputs() -> dict[str, torch.Tensor]:
     return make_inputs()
+
+
+# Images
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (20, 24)) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def png(image: PIL.Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def write_folder(root, classes=("ant", "bee"), count: int = 2):
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture(i).save(root / name / f"{i}.png")
+    return root
+
+
+def write_parquet(path, labels, feature, images=None):
+    images = images or [png(picture(i)) for i in range(len(labels))]
+    rows = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": feature})).to_parquet(path)
+    return path
+
+
+def write_zip(path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(name, png(picture(50 + i)))
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda path, **options: load_labelled_images(train_data_dir=path, cache_dir=tmp_path / "cache", **options)
