@@ -69,7 +69,7 @@ def class_indices(labels: Iterable[Any], id2label: dict[int, str], num_classes: 
         num_classes: indices are below it.
 
     Raises:
-        ValueError: for a label that is no class, or the name of several.
+        ValueError: for a label that is not a class, or the name of several.
     """
     indices = []
     for label in labels:

@@ -202,7 +202,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated, or is not a safetensors file ({error}): save or download the adapter again."

@@ -297,7 +297,7 @@ def test_wrong_fields(fields, message):
         ),
         ({"r": 17}, "r=17: the rank of transformer_blocks.0.attn1.to_out.0 is at most 16"),
         ({"num_classes": 1001}, "num_classes=1001, but the class table of this model has rows for 1000 classes"),
-        ({"sample_size": 9}, "sample_size=9 is no multiple of the patch size of this model, 2"),
+        ({"sample_size": 9}, "sample_size=9 is not a multiple of the patch size of this model, 2"),
     ],
 )
 def test_configs_that_do_not_fit_the_model(dit, fields, message, inputs):

@@ -54,7 +54,7 @@ def test_every_method_starts_as_the_base_and_trains_what_it_says(name):
 
 
 def test_an_unknown_method():
-    with pytest.raises(ValueError, match="'lora' is no method: use one of full, BitFit"):
+    with pytest.raises(ValueError, match="'lora' is not a method: use one of full, BitFit"):
         methods.adapt("lora", make_dit())
 
 

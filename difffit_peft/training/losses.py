@@ -22,7 +22,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
     """The schedule that a base was trained with, from the scheduler that its pipeline samples with.
 
     Raises:
-        ValueError: if that is no schedule of noise added in steps of variance `betas`, such as one of flow matching.
+        ValueError: if that is not a schedule of noise added in steps of variance `betas`, such as one of flow matching.
     """
     if not hasattr(scheduler, "betas"):
         raise ValueError(

@@ -109,7 +109,7 @@ def adapt(name: str, model: DiTTransformer2DModel, num_classes: int | None = Non
         ValueError: for a name that is none of these.
     """
     if name not in (*METHODS, "floor"):
-        raise ValueError(f"{name!r} is no method: use one of {', '.join(METHODS)} or floor.")
+        raise ValueError(f"{name!r} is not a method: use one of {', '.join(METHODS)} or floor.")
     if name in DIFFFIT:
         return get_peft_model(model, DiffFitConfig(num_classes=num_classes, **DIFFFIT[name]))
     if name == "BitFit":

@@ -112,7 +112,7 @@ def convert_original_to_peft(
 
     Raises:
         ValueError: if a tensor is unknown, missing, misshapen, not finite, or frozen but not the base's; if the base
-            is no DiT as the original is.
+            is not a DiT like the original.
     """
     base = _base(transformer)
     layers, places = _layers(transformer), _gamma_places(transformer)
@@ -173,12 +173,12 @@ def convert_peft_to_original(model: PeftModel, adapter_name: str = "default") ->
 
     Raises:
         ValueError: if there is no such adapter; if it has what the original layout has no name for: γ on another
-            layer, modules saved whole, rescaled positions; if the base is no DiT as the original is.
+            layer, modules saved whole, rescaled positions; if the base is not a DiT like the original.
     """
     config = model.peft_config.get(adapter_name) if isinstance(model, PeftModel) else None
     if not isinstance(config, DiffFitConfig):
         names = sorted(getattr(model, "peft_config", {}))
-        raise ValueError(f"{adapter_name!r} is no DiffFit adapter of this {type(model).__name__}: it has {names}.")
+        raise ValueError(f"{adapter_name!r} is not a DiffFit adapter of this {type(model).__name__}: it has {names}.")
     transformer = model.get_base_model()
     base = _base(transformer)
     layers = _layers(transformer)
@@ -268,7 +268,7 @@ def _base(transformer: DiTTransformer2DModel) -> dict[str, list[Tensor]]:
     """The base's own tensors by their names in the original layout, beneath adapters too; of qkv, Diffusers' three.
 
     Raises:
-        ValueError: if this is no DiT as the original is, or has no values.
+        ValueError: if this is not a DiT like the original, or has no values.
     """
     if not isinstance(transformer, DiTTransformer2DModel):
         raise ValueError(f"transformer is a {type(transformer).__name__}: must be a DiTTransformer2DModel.")

@@ -81,7 +81,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         Classes are given by index, the null class among them, or by name as to `get_label_ids`.
 
         Raises:
-            ValueError: for a label that is no class; for a scheduler that starts from noise of another standard
+            ValueError: for a label that is not a class; for a scheduler that starts from noise of another standard
                 deviation than 1, which is what `DiTPipeline` would give it.
         """
         deviation = float(getattr(self.scheduler, "init_noise_sigma", 1))
@@ -118,7 +118,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         `subfolder` are then the adapter's; other keyword arguments go to the base.
 
         Raises:
-            ValueError: if it is neither, or an adapter that names no base, or one that is no id of the Hub.
+            ValueError: if it is neither, or an adapter that names no base, or one that is not an id of the Hub.
             HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
         """
         path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
@@ -257,7 +257,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         has, is an index.
 
         Raises:
-            ValueError: for what is no class, with the nearest name that is; for a name of several classes.
+            ValueError: for what is not a class, with the nearest name that is; for a name of several classes.
         """
         labels = [label] if isinstance(label, str) else list(label)
         return class_indices(labels, self.id2label, self.transformer.config.num_embeds_ada_norm)

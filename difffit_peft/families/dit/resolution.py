@@ -22,13 +22,13 @@ def set_sample_size(transformer: nn.Module, sample_size: int) -> None:
     """Moves a `DiTTransformer2DModel` to latents of `sample_size` x `sample_size`; its own side moves it back.
 
     Raises:
-        ValueError: if `sample_size` is no multiple of the patch size.
+        ValueError: if `sample_size` is not a multiple of the patch size.
     """
     if sample_size == transformer.config.sample_size:
         return
     patch_size = transformer.config.patch_size
     if sample_size % patch_size:
-        raise ValueError(f"sample_size={sample_size} is no multiple of the patch size of this model, {patch_size}.")
+        raise ValueError(f"sample_size={sample_size} is not a multiple of the patch size of this model, {patch_size}.")
     embed = transformer.pos_embed
     side = sample_size // patch_size
     table = get_2d_sincos_pos_embed(
