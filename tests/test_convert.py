@@ -495,7 +495,7 @@ def test_what_is_no_adapter_is_refused():
     model = get_peft_model(make_dit(), DiffFitConfig())
     with pytest.raises(ValueError, match=r"'other' is not a DiffFit adapter of this PeftModel: it has \['default'\]"):
         convert_peft_to_original(model, "other")
-    with pytest.raises(ValueError, match="no DiffFit adapter of this DiTTransformer2DModel"):
+    with pytest.raises(ValueError, match="is not a DiffFit adapter of this DiTTransformer2DModel"):
         convert_peft_to_original(make_dit())
     with pytest.raises(ValueError, match="'default' is not a DiffFit adapter"):
         convert_peft_to_original(get_peft_model(make_dit(), LoraConfig(target_modules=["to_q"])))
