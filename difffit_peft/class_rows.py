@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DiffFitConfig
-from .layer import DiffFitLayer
+from .layer import DiffFitLayer, Entry, names_in
 
 
 class DiffFitEmbedding(DiffFitLayer):
@@ -47,15 +47,16 @@ class DiffFitEmbedding(DiffFitLayer):
             blended[: len(rows) - 1] += rows[:-1]
             blended[-1] += rows[-1]
 
-    def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+    def _adapted(self, x: Tensor, adapter_names: list[Entry] | None, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of the labels x, (batch,), and their δ: (batch, channels)."""
         labels, y = x, self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
             for rows in self._rows(self.active_adapters):
                 y = y + self._delta(labels, rows).to(y.dtype)
             return y
-        for name in {*adapter_names} & {*self.difffit_delta}:
-            samples = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=labels.device)
+        entries = [names_in(entry) for entry in adapter_names]
+        for name in {name for names in entries for name in names} & {*self.difffit_delta}:
+            samples = torch.tensor([i for i, names in enumerate(entries) if name in names], device=labels.device)
             (rows,) = self._rows([name])
             y = y.index_add(0, samples, self._delta(labels[samples], rows).to(y.dtype))
         return y

@@ -18,7 +18,14 @@ from .config import DiffFitConfig
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm, *_CHANNELS_FIRST_NORMS)
+Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
+_Combine = Callable[[str, Any], Tensor | None]
 _NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0, "difffit_A": 0.0, "difffit_B": 0.0}
+
+
+def names_in(entry: Entry) -> tuple[str, ...]:
+    """The adapters of one sample: its name, or a tuple of those that compose. "__base__" is the name of none."""
+    return (entry,) if isinstance(entry, str) else entry
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -111,8 +118,8 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         """Switches the adapters on or off. What is frozen stays so: peft 0.21 makes all that are active trainable."""
         self._disable_adapters = not enabled
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The layer's output; with `adapter_names`, one adapter (or "__base__") per sample, while none is merged."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[Entry] | None = None, **kwargs: Any) -> Tensor:
+        """The layer's output; with `adapter_names`, an entry per sample, see `names_in`, while none is merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and len(x) != len(adapter_names):
@@ -128,9 +135,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, adapter_names, *args, **kwargs)
 
-    def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+    def _adapted(self, x: Tensor, adapter_names: list[Entry] | None, *args: Any, **kwargs: Any) -> Tensor:
         """γ ⊙ (base(x) + B A x + δ)."""
-        combine = self._composed if adapter_names is None else self._gathered
+        combine: _Combine = self._composed if adapter_names is None else self._gathered
         names = self.active_adapters if adapter_names is None else adapter_names
         delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
         layer = self.base_layer
@@ -151,9 +158,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             return y.mul_(gamma) if plain else y * gamma  # in place where y is nobody else's
         return y
 
-    def _low_rank(
-        self, x: Tensor, names: list[str], combine: Callable[[str, list[str]], Tensor | None]
-    ) -> Tensor | None:
+    def _low_rank(self, x: Tensor, names: Sequence[Entry], combine: _Combine) -> Tensor | None:
         """B A x, or None where no adapter has it. A and B are (r, in) and (out, r), or one of each per sample."""
         A, B = combine("difffit_A", names), combine("difffit_B", names)
         if A is None or B is None:
@@ -163,20 +168,21 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             return F.linear(F.linear(x, A), B)
         return torch.einsum("b...r,bor->b...o", torch.einsum("b...i,bri->b...r", x, A), B)
 
-    def _composed(self, kind: str, adapters: list[str]) -> Tensor | None:
+    def _composed(self, kind: str, adapters: Sequence[str]) -> Tensor | None:
         """γ = Π (1 + s_i (γ_i - 1)), δ = Σ s_i δ_i, or all A_i or s_i B_i in one; None where no adapter has one."""
         values = [self._at_scale(kind, name) for name in adapters if name in getattr(self, kind)]
         return _compose(kind, values) if values else None
 
-    def _gathered(self, kind: str, adapter_names: list[str]) -> Tensor | None:
-        """The value of each sample's adapter, (batch, ...), or None where none of them has one."""
-        values = {name: self._at_scale(kind, name) for name in {*adapter_names} if name in getattr(self, kind)}
+    def _gathered(self, kind: str, adapter_names: list[Entry]) -> Tensor | None:
+        """The value of each sample's adapters, (batch, ...), or None where none of them has one."""
+        composed = {entry: self._composed(kind, names_in(entry)) for entry in {*adapter_names}}
+        values = {entry: value for entry, value in composed.items() if value is not None}
         if not values:
             return None
         shape = [max(sizes) for sizes in zip(*(value.shape for value in values.values()), strict=True)]  # ranks differ
-        values = {name: _padded(value, shape) for name, value in values.items()}
+        values = {entry: _padded(value, shape) for entry, value in values.items()}
         neutral = torch.full_like(next(iter(values.values())), _NEUTRAL[kind])
-        return torch.stack([values.get(name, neutral) for name in adapter_names])
+        return torch.stack([values.get(entry, neutral) for entry in adapter_names])
 
     def _at_scale(self, kind: str, adapter_name: str) -> Tensor:
         """What an adapter has of a kind, at its scale."""

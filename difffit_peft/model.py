@@ -19,7 +19,7 @@ from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
 from .families import family_of
-from .layer import DiffFitLayer, is_norm
+from .layer import DiffFitLayer, is_norm, names_in
 from .merging import check_names, merge_layers, names_to_merge
 from .publishing import base_model_id
 from .targets import exactly, matching
@@ -213,14 +213,14 @@ class DiffFitModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands `adapter_names`, one adapter per sample, to every layer; PeftModel.forward calls this (peft 0.21)."""
+        """Hands `adapter_names`, an entry per sample, to every layer; PeftModel.forward calls this (peft 0.21)."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = {*adapter_names} - {*self.peft_config, "__base__"}
+        unknown = {name for entry in adapter_names for name in names_in(entry)} - {*self.peft_config, "__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 

@@ -75,6 +75,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--num_images", type=positive_int, default=5000)
     sampling.add_argument("--batch_size", type=positive_int, default=32, help="per process")
     sampling.add_argument("--guidance_scale", type=float, default=4.0)
+    sampling.add_argument(
+        "--guidance",
+        choices=["class", "domain"],
+        default="class",
+        help="null class of the adapted model, or of the base",
+    )
     sampling.add_argument("--num_inference_steps", type=positive_int, default=50)
     sampling.add_argument("--seed", type=non_negative_int, default=0)
     sampling.add_argument(
@@ -286,6 +292,7 @@ def sample(
         images = pipe(
             [classes[row] for row in batch],
             guidance_scale=args.guidance_scale,
+            guidance=args.guidance,
             num_inference_steps=args.num_inference_steps,
             generator=[torch.Generator().manual_seed(args.seed + row) for row in batch],
             output_type="np",

@@ -29,6 +29,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
     parser.add_argument("--num_images", type=positive_int, default=4, help="per class")
     parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument(
+        "--guidance",
+        choices=["class", "domain"],
+        default="class",
+        help="null class of the adapted model, or of the base",
+    )
     parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -70,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
         args.num_images,
         seed=args.seed,
         guidance_scale=args.guidance_scale,
+        guidance=args.guidance,
         num_inference_steps=args.num_inference_steps,
     )
     captions = [known.get(index, str(index)) for index in classes]

@@ -369,6 +369,8 @@ def test_examples(trained, tmp_path, monkeypatch, capsys):
     own = ["--pretrained_model_name_or_path", "me/example", *output]
     generate.main(generate.parse_args(own))
     whole = PIL.Image.open(tmp_path / "grid.png").copy()
+    generate.main(generate.parse_args([*own, "--guidance", "domain"]))
+    assert PIL.Image.open(tmp_path / "grid.png").tobytes() != whole.tobytes()
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for as long as the process lives
     generate.main(generate.parse_args([*own, "--mixed_precision", "bf16"]))
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
@@ -25,12 +26,12 @@ def sample_grid(
     num_images: int,
     *,
     seed: int = 0,
-    guidance_scale: float = 4.0,
-    num_inference_steps: int = 50,
+    **options: Any,
 ) -> PIL.Image.Image:
     """One row of `num_images` samples per class, from the seeds `seed`, `seed` + 1, ..., the same in each row.
 
-    The pipeline is a class-conditional one. Its transformer's mode and the random state are as before afterwards.
+    The pipeline is a class-conditional one, called with `options`, such as `guidance_scale`. Its transformer's mode and
+    the random state are as before afterwards.
 
     Raises:
         ValueError: for no pictures, or a class that the model's class table does not hold.
@@ -52,9 +53,8 @@ def sample_grid(
         for label in classes:
             images += pipe(
                 [label] * num_images,
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
+                **options,
             ).images
     transformer.train(training)
     return make_image_grid(images, len(classes), num_images)

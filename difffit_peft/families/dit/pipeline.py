@@ -16,8 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
-from ...config import plain
+from ...config import nearest, plain, short
 from ...files import write
+from ...layer import Entry, names_in
 from ...loader import DiffFitLoaderMixin
 from ...publishing import save_adapter
 from ...reading import adapter_folder, cached_commit, check_base_model_id, hub_file, local_path, read_adapter
@@ -57,8 +58,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         """
         layer = next((m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)), None)
         active = [] if layer is None or layer.disable_adapters else layer.merged_adapters or layer.active_adapters
-        names = names_of_adapters(self.transformer.peft_config[name] for name in active)
-        return self._base_names() if names is None else names
+        return self._names_under(tuple(active))
 
     @property
     def labels(self) -> dict[str, int]:
@@ -75,14 +75,32 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         kept = names_of_base(self.transformer)
         return self._base_id2label if kept is None else kept
 
-    def __call__(self, class_labels: list[int | str] | int | str, *args: Any, **kwargs: Any) -> Any:
-        """As `DiTPipeline` does, but guided by the base's own null class, where that one takes class 1000 for it.
+    def __call__(
+        self,
+        class_labels: list[int | str] | int | str,
+        guidance_scale: float = 4.0,
+        *args: Any,
+        guidance: str = "class",
+        adapter_names: list[Entry] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `DiTPipeline` does, with guidance by the base if asked for, and an adapter per image.
 
-        Classes are given by index, the null class among them, or by name as to `get_label_ids`.
+        With w the `guidance_scale`, c the class and ∅ the null class, the noise is ε(∅) + w (ε(c) - ε(∅)).
+        `guidance="class"` is the usual one: both ε are of the adapted model. `guidance="domain"` takes ε(∅) from the
+        base: Domain Guidance (Zhong et al., ICLR 2025, arXiv 2504.01521). Where w is at most 1 there is no guidance:
+        the noise is the adapted model's ε(c).
+
+        Args:
+            class_labels: by index, the null class among them, or by name, as to `get_label_ids`.
+            guidance: "class" or "domain".
+            adapter_names: for each image the name of an adapter, a tuple of several that compose, or "__base__", with
+                names of classes as they are there; `None`: the active ones for all.
 
         Raises:
-            ValueError: for a label that is not a class; for a scheduler that starts from noise of another standard
-                deviation than 1, which is what `DiTPipeline` would give it.
+            ValueError: for a label that is not a class; for an adapter that is not there; while adapters are fused, if
+                the base or an adapter per image is asked for; for a scheduler that starts from noise of another
+                standard deviation than 1, which is what `DiTPipeline` would give it.
         """
         deviation = float(getattr(self.scheduler, "init_noise_sigma", 1))
         if abs(deviation - 1) > 1e-3:
@@ -91,23 +109,52 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
                 "DiTPipeline starts from 1: use a scheduler that does too, such as DDIMScheduler, "
                 "DPMSolverMultistepScheduler or UniPCMultistepScheduler."
             )
+        if guidance not in ("class", "domain"):
+            raise ValueError(f'guidance={guidance!r} is not a kind of guidance: use "class" or "domain".')
         given, null = plain(class_labels), self.transformer.config.num_embeds_ada_norm
-        labels = class_indices([given] if isinstance(given, (int, str)) else given, self.id2label, null + 1)
-        if not labels:
+        given = [given] if isinstance(given, (int, str)) else list(given)
+        if not given:
             raise ValueError("class_labels is empty: give at least one class.")
-        if null == 1000:
-            return super().__call__(labels, *args, **kwargs)
+        entries = self._entries(adapter_names, len(given), guidance)
+        names = [self.id2label if adapter_names is None else self._names_under(entry) for entry in entries]
+        labels = [class_indices([label], own, null + 1)[0] for label, own in zip(given, names, strict=True)]
+        by_base = guidance == "domain" and guidance_scale > 1
+        unguided: list[Entry] = ["__base__"] * len(entries) if by_base else entries
+        mixed = self._adapted() is not None and (by_base or adapter_names is not None)
 
-        def with_null_class(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def hand_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             guided = kwargs["class_labels"].clone()
             guided[len(labels) :] = null  # the second half, where there is guidance
-            return args, kwargs | {"class_labels": guided}
+            kwargs = kwargs | {"class_labels": guided}
+            return args, kwargs | {"adapter_names": (entries + unguided)[: len(guided)]} if mixed else kwargs
 
-        handle = self.transformer.register_forward_pre_hook(with_null_class, with_kwargs=True)
+        if null == 1000 and not mixed:
+            return super().__call__(labels, guidance_scale, *args, **kwargs)
+        handle = self.transformer.register_forward_pre_hook(hand_on, with_kwargs=True)
         try:
-            return super().__call__(labels, *args, **kwargs)
+            return super().__call__(labels, guidance_scale, *args, **kwargs)
         finally:
             handle.remove()
+
+    def _entries(self, adapter_names: list[Entry] | None, count: int, guidance: str) -> list[Entry]:
+        """The adapters of each of `count` images, checked."""
+        if (adapter_names is not None or guidance == "domain") and self._fused():
+            raise ValueError("Adapters are fused, and so part of the base: call unfuse_difffit() first.")
+        if adapter_names is None:
+            return [tuple(self.get_active_adapters())] * count
+        if isinstance(adapter_names, str) or len(adapter_names) != count:
+            raise ValueError(f"adapter_names={short(adapter_names)}: give a list of {count}, one entry for each image.")
+        loaded = [*self.get_list_adapters(), "__base__"]
+        for name in [name for entry in adapter_names for name in names_in(entry)]:
+            if name not in loaded:
+                raise ValueError(f"There is no adapter {name!r}: the pipeline has {loaded}.{nearest(name, loaded)}")
+        return list(adapter_names)
+
+    def _names_under(self, entry: Entry) -> dict[int, str]:
+        """Names of the classes under the adapters of one image."""
+        adapters = [name for name in names_in(entry) if name != "__base__"]
+        names = names_of_adapters(self.transformer.peft_config[name] for name in adapters)
+        return self._base_names() if names is None else names
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffFitDiTPipeline:
