@@ -1,6 +1,7 @@
 # make demo         fine-tune the bundled base and look at the result
 # make test         run the tests
 # make test-lowest  run them on the lowest versions of PEFT and Diffusers that are supported
+# make test-app     run those of the app in a browser: it needs Debian's chromium
 # make conformance  run PEFT's own tests on DiffFit
 # make bench        run a short form of all benchmarks, and say which targets are met
 # make mutants      break the code in a thousand ways, and list those that no test notices (an hour; not in CI)
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest conformance bench mutants style format clean
+.PHONY: demo test test-lowest test-app conformance bench mutants style format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/emoji/demo.py
@@ -18,6 +19,9 @@ test: .venv/installed
 
 test-lowest: .venv-lowest/installed
 	DIFFFIT_TEST_SEQUENCES=50 .venv-lowest/bin/python -m pytest -q
+
+test-app: .venv-app/installed
+	.venv-app/bin/python -m pytest -q tests/test_app.py
 
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
@@ -52,5 +56,12 @@ format: .venv/installed
 	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e ".[examples,test]"
 	touch $@
 
+# Gradio takes an older Pillow than constraints.txt names
+.venv-app/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-app
+	.venv-app/bin/python -m pip install -q torch==2.13.0
+	.venv-app/bin/python -m pip install -q -e ".[app,test]" playwright
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest demo mutants runs
+	rm -rf .venv .venv-lowest .venv-app demo mutants runs

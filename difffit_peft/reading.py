@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .config import DiffFitConfig
+from .config import DiffFitConfig, listed
 
 PIPELINE_INDEX = "model_index.json"
 HUB_CACHE = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?$")
@@ -131,9 +131,7 @@ def _no_adapter(path: Path) -> str:
     else:
         what = f"{path} is neither an adapter nor a pipeline: it holds no {CONFIG_NAME} and no {PIPELINE_INDEX}."
     inside = [config.parent for config in sorted([*path.glob(f"*/{CONFIG_NAME}"), *path.glob(f"*/*/{CONFIG_NAME}")])]
-    return what + (
-        f" Adapters in it: {', '.join(str(folder.relative_to(path)) for folder in inside)}." if inside else ""
-    )
+    return what + (f" Adapters in it: {listed(str(f.relative_to(path)) for f in inside)}." if inside else "")
 
 
 def check_base_model_id(name: Any, revision: Any = None) -> tuple[str, str | None]:

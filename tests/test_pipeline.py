@@ -382,7 +382,7 @@ def places(folder, tmp_path_factory):
 
 WHERE = {
     "empty": r"empty is neither an adapter nor a pipeline: it holds no adapter_config.json and no model_index.json.$",
-    "named": "named is neither an adapter nor a pipeline.* Adapters in it: fox.$",
+    "named": "named is neither an adapter nor a pipeline.* Adapters in it: 'fox'.$",
     "file.txt": "file.txt is a file: pass the folder of the adapter, which holds adapter_config.json and adapter_model",
     "pipeline/transformer": "transformer is neither an adapter nor a pipeline",
     "absent/absent/absent": "There is no file or folder .*absent/absent, and .* cannot be the id of a repository",
