@@ -1,0 +1,147 @@
+"""Fine-tunes the bundled base of avatars to styles of faces it has never seen, and shows what changed.
+
+    make demo
+
+Trains an adapter with `examples/train_difffit.py`, loads it into a fresh stock `DiTPipeline`, and writes
+`demo/before_after.png`: for each new style the base's pictures of some seeds, the adapter's, and real ones. The base
+does not know the styles: it draws "anything" (the null class, from which the new classes start). Also measured: the
+Fréchet distance of both to pictures held out from training, and how many of the adapter's a classifier of styles takes
+for theirs.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
+from difffit_peft.training.scripts import positive_int, run_script
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler
+from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
+from matplotlib.figure import Figure
+from peft import PeftModel
+from render import BASE, DOMAINS
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import train_difffit  # noqa: E402
+
+NULL_CLASS = 1000
+HELD_OUT = 60  # of each class, and as many samples
+CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
+SHOWN = 3  # seeds of each class
+
+
+def fastest_precision() -> str:
+    """ "bf16" where this machine multiplies matrices faster in it, else "no"."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(1024, 1024, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        return time.perf_counter() - start
+
+    return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "no"
+
+
+def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
+    """A labelled grid: a row per entry, with `SHOWN` pictures of each name side by side."""
+    figure = Figure(figsize=(0.8 * SHOWN * len(names), 0.95 * len(rows)), dpi=130)
+    widths = [1, 1, 1, 0.15] * len(names)
+    axes = figure.subplots(len(rows), len(widths) - 1, width_ratios=widths[:-1])
+    for row, (title, images) in enumerate(rows.items()):
+        for column, axis in enumerate(axes[row]):
+            axis.set_xticks([]), axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            group, place = divmod(column, SHOWN + 1)
+            if place == SHOWN:  # a gap between names
+                continue
+            axis.imshow(images[group * SHOWN + place].permute(1, 2, 0), interpolation="nearest")
+            if row == 0 and place == SHOWN // 2:
+                axis.set_title(names[group], fontsize=9)
+        axes[row, 0].set_ylabel(title, fontsize=9)
+    figure.subplots_adjust(left=0.03, right=0.999, top=0.92, bottom=0.005, wspace=0.03, hspace=0.03)
+    write(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--base", type=Path, default=HERE / "base")
+    parser.add_argument("--domain", choices=list(DOMAINS), default="near")
+    parser.add_argument("--max_train_steps", type=positive_int, default=500)
+    parser.add_argument("--learning_rate", type=float, default=8e-3)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--num_inference_steps", type=positive_int, default=15)
+    args = parser.parse_args()
+
+    adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
+    precision = fastest_precision()
+    result = train_difffit.main(
+        train_difffit.parse_args(
+            [
+                *("--pretrained_model_name_or_path", str(args.base)),
+                *("--train_data_dir", str(HERE / "data" / args.domain / "train.parquet")),
+                *("--output_dir", str(adapter)),
+                *("--cache_dir", str(cache)),
+                *("--train_batch_size", "32"),
+                *("--max_train_steps", str(args.max_train_steps)),
+                *("--learning_rate", str(args.learning_rate)),
+                *("--lr_scheduler", "cosine"),
+                *("--lr_warmup_steps", "20"),
+                *("--snr_gamma", "5"),  # as the base was trained
+                *("--mixed_precision", precision),
+                *("--num_validation_images", "0"),
+                *("--num_held_out_images", "0"),
+                *("--report_to", "none"),
+                *("--checkpointing_steps", "1000000"),  # it takes minutes, and may be run again
+                "--no-random_flip",
+            ]
+        )
+    )
+
+    names, new = zip(*DOMAINS[args.domain].items(), strict=True)
+    train = real(new, CLASSIFIED, "train", cache)
+    known = real([(style, {}) for style in BASE], CLASSIFIED, "train", cache)
+    held_out, other = (real(new, HELD_OUT, split, cache) for split in ("test", "other"))
+
+    pipe = DiTPipeline.from_pretrained(args.base, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
+    how = (args.guidance_scale, args.num_inference_steps)
+    before = sample(pipe, [NULL_CLASS] * len(labels), *how, "Sampling the base")
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
+    after = sample(pipe, labels, *how, "Sampling the adapted model")
+
+    picture = args.output_dir / "before_after.png"
+    shown = [label * HELD_OUT + seed for label in range(len(new)) for seed in range(SHOWN)]
+    draw({"base": before[shown], "DiffFit": after[shown], "real": held_out[shown]}, names, picture)
+
+    torch.manual_seed(0)
+    styles = torch.arange(len(new) + len(BASE)).repeat_interleave(CLASSIFIED)
+    classifier = Classifier(len(new) + len(BASE)).fit(torch.cat([train, known]), styles, steps=600)
+    recognised = {name: classifier.accuracy(x, torch.tensor(labels)) for name, x in (("after", after), ("real", other))}
+    features = ImageNetFeatures(train)
+    distance = {
+        name: frechet_distance(features, held_out, images)
+        for name, images in (("base", before), ("adapted", after), ("real", other))
+    }
+    print(
+        f"\nFréchet distance to {len(held_out)} held-out pictures, on 64 components of EfficientNet-Lite0's features: "
+        f"base {distance['base']:.1f}, adapted {distance['adapted']:.1f} (other real ones: {distance['real']:.1f})\n"
+        f"Adapted samples that a classifier of {len(new) + len(BASE)} styles takes for theirs: "
+        f"{recognised['after']:.0%} (other real ones: {recognised['real']:.0%})\n"
+        f"Trained parameters: {result.trained_parameters:,}, {result.trained_share:.2%} of the base's\n"
+        f"Adapter: {adapter}, {result.adapter_bytes:,} bytes\n"
+        f"{result.steps} steps, {result.seconds_per_step:.2f} s each, in {precision.replace('no', 'fp32')}\n"
+        f"Picture: {picture}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
