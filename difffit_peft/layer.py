@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import DiffFitConfig
+from .row_scales import is_quantised, row_scales, scaled
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -199,31 +200,32 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         layers are to be told the same names.
 
         Raises:
-            ValueError: if the base's weights are quantised or sharded, or with `safe_merge` if a merged value is not
-                finite. The layer is then as it was.
+            ValueError: as `check_mergeable`, or with `safe_merge` if a merged value is not finite. The layer is then as
+                it was.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name not in self.merged_adapters]
         held = [name for name in names if name in self._get_available_adapters()]
         if held:
-            self.check_mergeable()
-            layer = self.get_base_layer()
-            merged = self._merged(self._base(), [*self.merged_adapters, *held])
-            merged = {name: tensor.to(getattr(layer, name).dtype) for name, tensor in merged.items()}
+            self.check_mergeable(held)
+            base = self._base()
+            merged = self._merged(base, [*self.merged_adapters, *held])
+            merged = {name: tensor.to(base[name].dtype) for name, tensor in merged.items()}
             if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
                 raise ValueError(f"Merging {held} gives values that are not finite: the adapter seems to be broken.")
-            self._unmerged = self._base()
+            self._unmerged = base
             self._write(merged)
         self.merged_adapters = self.merged_adapters + names
 
-    def check_mergeable(self) -> None:
-        """Raises `ValueError` if the base's weights are quantised or sharded."""
+    def check_mergeable(self, adapters: Sequence[str]) -> None:
+        """Raises `ValueError` if the base's weights are sharded, or quantised so that the adapters do not fit in."""
         layer = self.get_base_layer()
-        if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
+        of_weight = [kind for kind in ("difffit_gamma", "difffit_A") if {*adapters} & {*getattr(self, kind)}]
+        if of_weight and is_quantised(layer) and (not row_scales(layer) or "difffit_A" in of_weight):
             raise ValueError(
-                f"Cannot merge into {type(layer).__name__}, whose weights are quantised or sharded "
-                f"({type(layer.weight.data).__name__}, {layer.weight.dtype}): keep the adapter unmerged, or load the "
-                "base in a floating point type first."
+                f"Cannot merge {'γ' if of_weight == ['difffit_gamma'] else 'a change of rank r'} into "
+                f"{type(layer).__name__}, whose weights are quantised or sharded ({type(layer.weight.data).__name__}, "
+                f"{layer.weight.dtype}): keep the adapter unmerged, or load the base in a floating point type first."
             )
 
     def unmerge(self) -> None:
@@ -232,9 +234,15 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._unmerged, self.merged_adapters = {}, []
 
     def _base(self) -> dict[str, Tensor]:
-        """The base layer's own weight and, where it has one, bias, also while adapters are merged."""
+        """The base layer's own weight and, where it has one, bias, also while adapters are merged.
+
+        In the place of a quantised weight are copies of its scales.
+        """
         layer = self.get_base_layer()
-        tensors = {"weight": layer.weight, "bias": getattr(layer, "bias", None)} | self._unmerged
+        weight = {"weight": layer.weight}
+        if is_quantised(layer):
+            weight = {name: scales.clone() for name, scales in row_scales(layer).items()}
+        tensors = weight | {"bias": getattr(layer, "bias", None)} | self._unmerged
         return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
@@ -252,13 +260,17 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             gamma = gamma.detach()
             trailing = 0 if is_norm(layer) or isinstance(layer, Conv1D) else layer.weight.dim() - 1
             factors = {"weight": gamma.view(*gamma.shape, *[1] * trailing), "bias": gamma}
-            merged = {name: base[name] * factors[name] for name in base}
+            merged = {n: base[n] * factors[n] if n in factors else scaled(base[n], gamma) for n in base}
         return merged
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
+        layer = self.get_base_layer()
         for name, tensor in tensors.items():
-            parameter = getattr(self.get_base_layer(), name)
-            parameter.data = tensor.to(parameter.device, parameter.dtype)
+            if name in ("weight", "bias"):
+                parameter = getattr(layer, name)
+                parameter.data = tensor.to(parameter.device, parameter.dtype)
+            else:
+                row_scales(layer)[name].copy_(tensor)
 
     def _broadcast(self, value: Tensor, y: Tensor) -> Tensor:
         """A view of `value`, one per channel or one per sample and channel, that broadcasts to `y`.

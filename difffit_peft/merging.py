@@ -58,7 +58,7 @@ def merge_layers(names: Mapping[BaseTunerLayer, list[str]], safe_merge: bool) ->
     """
     for layer, own in names.items():
         if isinstance(layer, DiffFitLayer) and not layer._get_available_adapters().isdisjoint(own):
-            layer.check_mergeable()
+            layer.check_mergeable(own)
     merged = {layer: list(layer.merged_adapters) for layer in names}
     try:
         for layer, own in names.items():

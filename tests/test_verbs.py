@@ -162,17 +162,17 @@ def test_a_merge_computes_each_tensor_once(dit):
 
 def test_a_base_that_cannot_be_merged_is_refused_before_any_layer_is(dit):
     model = get_peft_model(dit, DiffFitConfig()).eval()
-    last = model.base_model.model.proj_out_2
+    last = model.base_model.model.transformer_blocks[1].ff.net[2]
     last.base_layer.weight = torch.nn.Parameter(last.base_layer.weight.data.to(torch.int8), requires_grad=False)
     computed = []
     first = model.base_model.model.pos_embed.proj
     first._merged = lambda *args: computed.append(args)
-    with pytest.raises(ValueError, match="Cannot merge into Linear, whose weights are quantised or sharded"):
+    with pytest.raises(ValueError, match="Cannot merge γ into Linear, whose weights are quantised or sharded"):
         model.merge_adapter()
     assert not computed and not first.merged
-    model.add_adapter("elsewhere", DiffFitConfig(exclude_modules=["proj_out_2", "pos_embed.proj"]))
+    model.add_adapter("elsewhere", DiffFitConfig(exclude_modules=["pos_embed.proj"], gamma_modules=["to_q"]))
     model.set_adapter("elsewhere")
-    model.merge_adapter()  # nothing of it is on that layer
+    model.merge_adapter()  # it has δ alone on that layer, which goes into the bias
     assert first.merged and not computed
 
 

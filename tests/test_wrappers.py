@@ -160,8 +160,11 @@ def quantised(name: str, folder) -> DiTTransformer2DModel:
     return DiTTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["torchao int8", "quanto int8", "quanto int4", "bitsandbytes int8"])
-def test_a_quantised_base_trains_saves_loads_and_is_not_merged_into(name, tmp_path, inputs):
+QUANTISED = ["torchao int8", "quanto int8", "quanto int4", "bitsandbytes int8"]
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_trains_saves_loads_and_takes_no_change_of_low_rank(name, tmp_path, inputs):
     model = get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig(num_classes=3, r=1))
     kinds = {type(m.get_base_layer().weight.data) for n, m in model.named_modules() if n.endswith("attn1.to_q")}
     dtypes = {m.get_base_layer().weight.dtype for n, m in model.named_modules() if n.endswith("attn1.to_q")}
@@ -176,9 +179,36 @@ def test_a_quantised_base_trains_saves_loads_and_is_not_merged_into(name, tmp_pa
     loaded = PeftModel.from_pretrained(quantised(name, tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(outputs(loaded, inputs), expected)
     for merge in (loaded.merge_adapter, loaded.merge_and_unload):
-        with pytest.raises(ValueError, match="Cannot merge into .*quantised"):
+        with pytest.raises(ValueError, match="Cannot merge a change of rank r into .*quantised"):
             merge()
     assert torch.equal(outputs(loaded, inputs), expected)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_merge_into_a_quantised_base_multiplies_its_scales(name, tmp_path, inputs):
+    """No weight is quantised anew, so the only rounding is that of the scales; and back to the last bit."""
+    base = quantised(name, tmp_path / "base")
+    before = outputs(base, inputs)
+    kinds = {n: type(m.weight.data) for n, m in base.named_modules() if n.endswith("attn1.to_q")}
+    model = get_peft_model(base, DiffFitConfig())
+    randomise(model)
+    gammas = [p for n, p in model.named_parameters() if "difffit_gamma" in n and "to_q" in n]
+    assert gammas
+    for gamma in gammas:
+        gamma.data[:3] = torch.tensor([0.0, -1.5, 1e-3])
+    expected = outputs(model, inputs)
+    assert (expected - before).abs().max() > 1e-2
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(outputs(model, inputs), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert all(type(merged.get_submodule(name).weight.data) is kind for name, kind in kinds.items())
+    model = get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig())
+    randomise(model)
+    model.merge_adapter()
+    assert torch.equal(outputs(model.unload(), inputs), before)
 
 
 # Casting and offloading

@@ -76,7 +76,19 @@ def unshare(transformer: nn.Module) -> None:
     embedder = transformer.norm1_emb
     del transformer.norm1_emb
     for index, block in enumerate(transformer.transformer_blocks):
-        block.norm1.emb = embedder if index == 0 else copy.deepcopy(embedder)
+        block.norm1.emb = embedder if index == 0 else _copied(embedder)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also of quantised weights whose tensors do not support one (optimum-quanto 0.2.7)."""
+    copies: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            names, about = parameter.__tensor_flatten__()
+            parts = {name: getattr(parameter, name).clone() for name in names}
+            tensor = type(parameter).__tensor_unflatten__(parts, about, parameter.size(), parameter.stride())
+            copies[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(module, copies)
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
