@@ -9,10 +9,12 @@ from .hotswap import hotswap_adapter
 from .layer import DiffFitLayer
 from .loader import DiffFitLoaderMixin
 from .model import DiffFitModel
+from .pool import AdapterPool
 
 _register()
 
 __all__ = [
+    "AdapterPool",
     "DiffFitConfig",
     "DiffFitDiTPipeline",
     "DiffFitLayer",
