@@ -5,7 +5,7 @@
 # make conformance  run PEFT's own tests on DiffFit
 # make bench        run a short form of all benchmarks, and say which targets are met
 # make mutants      break the code in a thousand ways, and list those that no test notices (an hour; not in CI)
-# make style        check formatting, lint and types (make format mends the first two)
+# make style        check formatting, lint, types and docs/api.md (make format mends the first two and the last)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -41,10 +41,12 @@ style: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python docs/api.py --check
 
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python docs/api.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
