@@ -4,7 +4,8 @@
 
 Samples of every class are compared with as many held-out pictures of it. Their Fréchet distance stands beside that of
 other real pictures, by the features of EfficientNet-Lite0 and by those of a classifier of the base's styles and the
-domains', which never saw a held-out picture. Writes `base.json` and `base.png` to `--output_dir`.
+domains', which never saw a held-out picture. How well the VAE keeps pictures is told too, of the base's styles and of
+those that neither it nor the DiT has seen. Writes `base.json` and `base.png` to `--output_dir`.
 """
 
 import argparse
@@ -14,13 +15,24 @@ from pathlib import Path
 import torch
 from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
-from diffusers import DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure
 from render import BASE, CACHE, DOMAINS
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
+    """Mean over pictures, (N, 3, 64, 64), uint8, of the decibels at which the VAE gives them back."""
+    decibels = []
+    for batch in tqdm(pictures.split(20), desc="VAE", leave=False):
+        x = batch.float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        decibels.append(-10 * torch.log10((decoded - x).square().mean((1, 2, 3)) / 4))
+    return torch.cat(decibels).mean().item()
 
 
 def main() -> None:
@@ -58,7 +70,10 @@ def main() -> None:
         )
         print(folder.name, {name: round(value, 3) for name, value in results[folder.name].items()}, flush=True)
     print("real", {name: round(value, 3) for name, value in results["real"].items()})
-    about = {"per_class": args.per_class, "guidance_scale": args.guidance_scale, "classes": len(BASE)}
+    unseen = real(domains, 10, "test", args.cache_dir)
+    decibels = {"base": psnr(pipe.vae, held_out[::3]), "unseen": psnr(pipe.vae, unseen)}
+    print("VAE, dB:", {name: round(value, 1) for name, value in decibels.items()})
+    about = {"vae_psnr": decibels, "per_class": args.per_class, "guidance_scale": args.guidance_scale}
     text = json.dumps({**about, "results": results}, indent=1)
     write(args.output_dir / "base.json", lambda partial: partial.write_text(text + "\n"))
     if len(args.steps) < 2:
