@@ -15,6 +15,7 @@ import argparse
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,21 @@ def save(state: dict | Tensor, path: Path) -> None:
     partial.replace(path)
 
 
+def keep(checkpoint: Path, step: int, **parts: Any) -> None:
+    """Writes the state of a stage after `step` steps."""
+    save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, checkpoint)
+
+
+def resumed(checkpoint: Path, **parts: Any) -> int:
+    """Loads what `keep` wrote, if it did; the number of steps done."""
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
 def new_vae() -> AutoencoderKL:
     """To 16x16x8 latents: thin lines need more than the four channels that are usual."""
     return AutoencoderKL(
@@ -75,12 +91,8 @@ def train_vae(styles: list[np.ndarray], args: argparse.Namespace) -> Autoencoder
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.vae_init).state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=4e-4, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.vae_steps)
-    checkpoint, step = args.work_dir / "vae.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        vae.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step = state["step"]
+    checkpoint = args.work_dir / "vae.pt"
+    step = resumed(checkpoint, model=vae, optimizer=optimizer, schedule=schedule)
 
     bar = tqdm(range(step, args.vae_steps), desc="VAE", initial=step, total=args.vae_steps, mininterval=5)
     average = None
@@ -106,8 +118,7 @@ def train_vae(styles: list[np.ndarray], args: argparse.Namespace) -> Autoencoder
         average = psnr if average is None else 0.98 * average + 0.02 * psnr
         bar.set_postfix(psnr=f"{average:.1f} dB")
         if (step + 1) % 250 == 0 or step + 1 == args.vae_steps:
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+            keep(checkpoint, step + 1, model=vae, optimizer=optimizer, schedule=schedule)
             with torch.no_grad():
                 shown = torch.cat([batch[:8], decoded[:8]]).add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1)
             make_image_grid(DiTPipeline.numpy_to_pil(shown.numpy()), 2, 8).save(args.work_dir / "vae.png")
@@ -179,12 +190,8 @@ def refine_decoder(
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=args.decoder_steps)
-    checkpoint, step = args.work_dir / "decoder.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        decoder.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step = state["step"]
+    checkpoint = args.work_dir / "decoder.pt"
+    step = resumed(checkpoint, model=decoder, optimizer=optimizer, schedule=schedule)
 
     bar = tqdm(range(step, args.decoder_steps), desc="Decoder", initial=step, total=args.decoder_steps, mininterval=5)
     average = None
@@ -204,8 +211,7 @@ def refine_decoder(
         average = psnr if average is None else 0.98 * average + 0.02 * psnr
         bar.set_postfix(psnr=f"{average:.1f} dB")
         if (step + 1) % 250 == 0 or step + 1 == args.decoder_steps:
-            state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
-            save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+            keep(checkpoint, step + 1, model=decoder, optimizer=optimizer, schedule=schedule)
     decoder.requires_grad_(False)
 
 
@@ -227,12 +233,8 @@ def train_dit(latents: list[Tensor], scheduler: DDIMScheduler, vae: AutoencoderK
     # warm up, hold, and fall to 1 % over the last quarter: --dit_steps may be changed until then
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 300, 1, max(0.01, 4 * (1 - step / args.dit_steps))))
     ema = EMAModel(dit.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
-    checkpoint, step = args.work_dir / "dit.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        dit.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"]), schedule.load_state_dict(state["schedule"])
-        step = state["step"]
+    checkpoint = args.work_dir / "dit.pt"
+    step = resumed(checkpoint, model=dit, optimizer=optimizer, ema=ema, schedule=schedule)
 
     bar = tqdm(range(step, args.dit_steps), desc="DiT", initial=step, total=args.dit_steps, mininterval=5)
     average = None
@@ -253,8 +255,7 @@ def train_dit(latents: list[Tensor], scheduler: DDIMScheduler, vae: AutoencoderK
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}")
         if (step + 1) % 250 == 0 or step + 1 == args.dit_steps:
-            state = {"model": dit.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-            save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+            keep(checkpoint, step + 1, model=dit, optimizer=optimizer, ema=ema, schedule=schedule)
             print(f"\nstep {step + 1}: loss {average:.4f}", flush=True)
         if (step + 1) % args.saving_steps == 0 or step + 1 == args.dit_steps:
             ema.store(dit.parameters()), ema.copy_to(dit.parameters())
