@@ -13,7 +13,8 @@ from torch import nn
 from .class_rows import DiffFitEmbedding
 from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_of
-from .layer import DiffFitLayer, is_norm, is_supported
+from .layer import DiffFitLayer, is_supported
+from .norms import is_norm
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 

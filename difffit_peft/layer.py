@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.normalization import RMSNorm
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import DiffFitConfig
+from .norms import CHANNELS_FIRST_NORMS, is_norm, norm_of
 from .row_scales import is_quantised, row_scales, scaled
+from .scale_function import Scale
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CHANNELS_FIRST_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm, *_CHANNELS_FIRST_NORMS)
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
 _NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0, "difffit_A": 0.0, "difffit_B": 0.0}
@@ -27,11 +26,6 @@ _NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0, "difffit_A": 0.0, "difff
 def names_in(entry: Entry) -> tuple[str, ...]:
     """The adapters of one sample: its name, or a tuple of those that compose. "__base__" is the name of none."""
     return (entry,) if isinstance(entry, str) else entry
-
-
-def is_norm(layer: nn.Module) -> bool:
-    """Whether `layer` is a norm with affine parameters: y = weight ⊙ normalised(x) + bias, or without the bias."""
-    return isinstance(layer, _NORMS) and isinstance(layer.weight, Tensor)
 
 
 def is_supported(layer: nn.Module) -> bool:
@@ -67,14 +61,19 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = _features(self.get_base_layer())
+        layer = self.get_base_layer()
+        self.norm = norm_of(layer)
+        self.in_features, self.out_features = _features(layer)
+        self._value_shape = _value_shape(layer)
         for kind in self.adapter_layer_names:
             setattr(self, kind, nn.ParameterDict())
         self.scale: dict[str, Tensor] = {}  # 0-dim, one per adapter
         self._scaled: set[str] = set()  # the adapters whose scale is not 1
+        self._scales_before: dict[str, list[float]] = {}  # what `scale_layer` multiplied, the latest last
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+        self.tied: dict[str, str] = {}  # "weight" or "bias": the name of a parameter elsewhere that is the same tensor
         self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
 
     @staticmethod
@@ -98,7 +97,39 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.set_scale(adapter_name, 1)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Sets an adapter's scale, in place: 0 is the base, 1 the adapter."""
+        """Sets an adapter's scale, in place: 0 is the base, 1 the adapter. Takes back every `scale_layer` of it.
+
+        After `scale_layer(0)`, setting 1 is Diffusers' way to take it back (`unscale_lora_layers`, 0.36 to 0.42): the
+        scale is then what it was before.
+        """
+        before = self._scales_before.pop(adapter_name, [])
+        if before and scale == 1 and self.scale[adapter_name] == 0:
+            scale = before[0]
+        self._fill_scale(adapter_name, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scale of the active adapters. Diffusers does so for `attention_kwargs={"scale": scale}`.
+
+        Raises:
+            ValueError: if they are merged: their effect is then part of the weights.
+        """
+        names = [name for name in self.active_adapters if name not in self.merged_adapters]
+        if self.merged and not names and scale != 1:
+            raise ValueError(f"{self.merged_adapters} are merged, and cannot be scaled by {scale}: unmerge them first.")
+        for name in names:
+            if name in self.scale:
+                now = float(self.scale[name])
+                self._scales_before.setdefault(name, []).append(now)
+                self._fill_scale(name, now * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Takes the latest `scale_layer` back, to the last bit, or all of them for `None`."""
+        for name in self.active_adapters:
+            if before := self._scales_before.get(name):
+                self._fill_scale(name, before[0] if scale is None else before[-1])
+                del before[0 if scale is None else -1 :]
+
+    def _fill_scale(self, adapter_name: str, scale: float) -> None:
         self.scale.setdefault(adapter_name, torch.tensor(1.0, device="cpu")).fill_(scale)
         (self._scaled.discard if scale == 1 else self._scaled.add)(adapter_name)
 
@@ -113,6 +144,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.scale.pop(adapter_name, None)
         self._scaled.discard(adapter_name)
+        self._scales_before.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -126,7 +158,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None and len(x) != len(adapter_names):
             sizes = f"{len(adapter_names)} and {len(x)}"
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {sizes} respectively."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {sizes} respectively. "
+                "Give a name for each sample. If you did, the model puts tokens of all samples in one dimension, and "
+                "takes no mixed batch: call it once for each adapter."
             )
         if adapter_names is not None and self.merged:
             raise ValueError(
@@ -155,7 +189,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         if gamma is not None:
             gamma = self._broadcast(gamma.to(y.dtype), y)
             if gamma.requires_grad and not torch.compiler.is_compiling():  # a compiler chooses itself what to keep
-                return _Scale.apply(y, gamma)
+                return Scale.apply(y, gamma)
             return y.mul_(gamma) if plain else y * gamma  # in place where y is nobody else's
         return y
 
@@ -218,10 +252,19 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = self.merged_adapters + names
 
     def check_mergeable(self, adapters: Sequence[str]) -> None:
-        """Raises `ValueError` if the base's weights are sharded, or quantised so that the adapters do not fit in."""
+        """Raises `ValueError` if another module has the same weights, or they are sharded, or quantised so that the
+        adapters do not fit in."""
         layer = self.get_base_layer()
-        of_weight = [kind for kind in ("difffit_gamma", "difffit_A") if {*adapters} & {*getattr(self, kind)}]
-        if of_weight and is_quantised(layer) and (not row_scales(layer) or "difffit_A" in of_weight):
+        held = [kind for kind in self.adapter_layer_names if {*adapters} & {*getattr(self, kind)}]
+        of_weight = [kind for kind in ("difffit_gamma", "difffit_A") if kind in held]
+        changed = [self.norm.weight if self.norm else "weight"] * bool(of_weight) + ["bias"] * bool(held)
+        for name in changed:
+            if name in self.tied:
+                raise ValueError(
+                    f"Cannot merge into {type(layer).__name__}, whose {name} is tied to {self.tied[name]}: that would "
+                    "change too. Keep the adapter unmerged, or untie the two first."
+                )
+        if of_weight and not self.norm and is_quantised(layer) and (not row_scales(layer) or "difffit_A" in of_weight):
             raise ValueError(
                 f"Cannot merge {'γ' if of_weight == ['difffit_gamma'] else 'a change of rank r'} into "
                 f"{type(layer).__name__}, whose weights are quantised or sharded ({type(layer.weight.data).__name__}, "
@@ -239,14 +282,18 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         In the place of a quantised weight are copies of its scales.
         """
         layer = self.get_base_layer()
-        weight = {"weight": layer.weight}
-        if is_quantised(layer):
+        name = self.norm.weight if self.norm else "weight"
+        weight = {name: getattr(layer, name)}
+        if not self.norm and is_quantised(layer):
             weight = {name: scales.clone() for name, scales in row_scales(layer).items()}
         tensors = weight | {"bias": getattr(layer, "bias", None)} | self._unmerged
         return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
-        """W' = γ(W + B A), b' = γ(b + δ), in float32 or better; without what does not change."""
+        """W' = γ(W + B A), b' = γ(b + δ), in float32 or better; without what does not change.
+
+        A norm that multiplies by 1 + W gets W' = γ(1 + W) - 1.
+        """
         layer = self.get_base_layer()
         gamma, delta = self._composed("difffit_gamma", adapters), self._composed("difffit_delta", adapters)
         A, B = self._composed("difffit_A", adapters), self._composed("difffit_B", adapters)
@@ -258,7 +305,11 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
             merged["bias"] = base["bias"] = base["bias"] + delta.detach()
         if gamma is not None:
             gamma = gamma.detach()
-            trailing = 0 if is_norm(layer) or isinstance(layer, Conv1D) else layer.weight.dim() - 1
+            if self.norm:
+                name, one = self.norm.weight, self.norm.added
+                merged |= {"bias": gamma * base["bias"]} if "bias" in base else {}
+                return merged | {name: gamma * (one + base[name]) - one}
+            trailing = 0 if isinstance(layer, Conv1D) else layer.weight.dim() - 1
             factors = {"weight": gamma.view(*gamma.shape, *[1] * trailing), "bias": gamma}
             merged = {n: base[n] * factors[n] if n in factors else scaled(base[n], gamma) for n in base}
         return merged
@@ -266,7 +317,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
     def _write(self, tensors: dict[str, Tensor]) -> None:
         layer = self.get_base_layer()
         for name, tensor in tensors.items():
-            if name in ("weight", "bias"):
+            if name in (self.norm.weight if self.norm else "weight", "bias"):
                 parameter = getattr(layer, name)
                 parameter.data = tensor.to(parameter.device, parameter.dtype)
             else:
@@ -278,44 +329,12 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         Channels come last, or, in convolutions and some norms, before the dimensions of space.
         """
         layer = self.get_base_layer()
-        shape, space = _value_shape(layer), 0
-        if isinstance(layer, (*_CONVOLUTIONS, *_CHANNELS_FIRST_NORMS)):
+        shape, space = self._value_shape, 0
+        if isinstance(layer, (*_CONVOLUTIONS, *CHANNELS_FIRST_NORMS)):
             space = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else y.dim() - 2
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)
-
-
-class _Scale(torch.autograd.Function):
-    """γ ⊙ y, which keeps its output for the backward pass, as what follows does anyway, and not y beside it.
-
-    The gradient of γ, Σ grad ⊙ y, is Σ grad ⊙ output / γ. That of a γ which is exactly 0 is taken to be 0. Autograd
-    knows every operation in it, so there are second derivatives. Forward-mode AD and `torch.func` work too.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, gamma: Tensor) -> Tensor:
-        return y * gamma
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        y, gamma = inputs
-        ctx.save_for_backward(output, gamma)
-        ctx.save_for_forward(y, gamma)  # which ends with the forward pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        output, gamma = ctx.saved_tensors
-        of_gamma = (grad * output).sum_to_size(gamma.shape) / gamma.masked_fill(gamma == 0, 1)
-        return grad * gamma if ctx.needs_input_grad[0] else None, of_gamma
-
-    @staticmethod
-    def jvp(ctx: Any, y_tangent: Tensor | None, gamma_tangent: Tensor | None) -> Tensor:
-        y, gamma = ctx.saved_tensors
-        tangents = [a * b for a, b in ((y_tangent, gamma), (y, gamma_tangent)) if a is not None and b is not None]
-        return sum(tangents[1:], tangents[0])
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
@@ -356,7 +375,8 @@ def _padded(value: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _value_shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of γ and δ."""
-    return tuple(layer.weight.shape) if is_norm(layer) else (_features(layer)[1],)
+    norm = norm_of(layer)
+    return tuple(getattr(layer, norm.weight).shape) if norm else (_features(layer)[1],)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -367,6 +387,6 @@ def _features(layer: nn.Module) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
-    if is_norm(layer):
-        return layer.weight.numel(), layer.weight.numel()
+    if norm := norm_of(layer):
+        return (getattr(layer, norm.weight).numel(),) * 2
     return layer.in_features, layer.out_features

@@ -19,7 +19,7 @@ from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
 from .families import family_of
-from .layer import DiffFitLayer, is_norm, names_in
+from .layer import DiffFitLayer, names_in
 from .merging import check_names, merge_layers, names_to_merge
 from .publishing import base_model_id
 from .targets import exactly, matching
@@ -63,9 +63,13 @@ class DiffFitModel(BaseTuner):
     def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
         _check_model(model)
         self._planned = prepare(peft_config, model, self.peft_config)
+        self._owners: dict[int, list[str]] = {}  # of each parameter, those of tied ones several
+        for name, module in model.named_modules():
+            for own, parameter in module._parameters.items():
+                self._owners.setdefault(id(parameter), []).append(f"{name}.{own}".replace(".base_layer.", "."))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: DiffFitConfig) -> None:
-        """Nothing to check: what is on a layer's output has no part in a tied weight."""
+        """Nothing to check: what is on a layer's output has no part in a tied weight, but in a merge of it."""
 
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
         # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
@@ -85,9 +89,22 @@ class DiffFitModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, DiffFitLayer) else layer_class(target)(target)
         layer.update_layer(adapter_name, peft_config, **vars(self._planned[current_key]))
+        layer.tied = self._tied(current_key, layer.get_base_layer())
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer") or hasattr(new_module, "weight"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # a norm that calls its weight otherwise, which peft 0.21 asks for it
+            setattr(parent, child_name, new_module)
+
+    def _tied(self, name: str, layer: nn.Module) -> dict[str, str]:
+        """The parameters of a layer that other modules have too, and the name of one of those."""
+        own_parameters = {own: parameter for own, parameter in layer._parameters.items() if parameter is not None}
+        owners = {own: self._owners.get(id(parameter), []) for own, parameter in own_parameters.items()}
+        return {own: next(n for n in names if n != f"{name}.{own}") for own, names in owners.items() if len(names) > 1}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -191,7 +208,7 @@ class DiffFitModel(BaseTuner):
         def having(kind: str) -> set[str]:
             return {name for name, layer in layers.items() if not getattr(layer, kind).keys().isdisjoint(adapters)}
 
-        norms = {name for name, layer in layers.items() if is_norm(layer.get_base_layer())}
+        norms = {name for name, layer in layers.items() if layer.norm}
         tables = {name for name, layer in layers.items() if isinstance(layer, DiffFitEmbedding)}
         deltas, gammas, low_rank = having("difffit_delta"), having("difffit_gamma"), having("difffit_A")
         classes = [config.num_classes for name, config in zip(adapters, configs, strict=True)
