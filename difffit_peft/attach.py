@@ -10,11 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .base_layers import is_supported
 from .class_rows import DiffFitEmbedding
 from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_of
-from .layer import DiffFitLayer, is_supported
+from .layer import DiffFitLayer
 from .norms import is_norm
+from .parameters import BareParameter, DiffFitParameter, attach_parameters
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 
@@ -31,7 +33,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     """
     family = family_of(model, config.format_version)
     facts = _facts_of_base(config, model, family, adapters)
-    undo = family.prepare(model)
+    undo_family, undo_parameters = family.prepare(model), attach_parameters(model)
     try:
         layers = named_layers(model, family)
         planned = plan(config, layers, family, type(model).__name__, _saved_whole(config, model, layers))
@@ -39,7 +41,8 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
         if "sample_size" in facts:
             family.move_to(model, facts["sample_size"])
     except Exception:
-        undo()
+        undo_parameters()
+        undo_family()
         raise
     facts |= spelled_out(config, planned, layers, family) | {"format_version": FORMAT_VERSION}
     for name, value in facts.items():
@@ -49,6 +52,8 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
 
 def layer_class(layer: nn.Module) -> type[DiffFitLayer]:
     """The class that puts an adapter on a layer."""
+    if isinstance(layer, BareParameter):
+        return DiffFitParameter
     return DiffFitEmbedding if isinstance(layer, nn.Embedding) else DiffFitLayer
 
 
@@ -68,6 +73,8 @@ def named_layers(model: nn.Module, family: Family) -> dict[str, Layer]:
         if is_supported(base):
             rank = min(base.in_features, base.out_features) if isinstance(base, nn.Linear) else 0
             layers[name] = Layer(kind, getattr(base, "bias", None) is not None, is_norm(base), rank)
+        elif isinstance(base, BareParameter):
+            layers[name] = Layer(kind, bias=True, parameter=True)
         elif family.class_table and isinstance(base, nn.Embedding) and name.endswith(family.class_table):
             tables[name] = Layer(kind, num_classes=base.num_embeddings - 1)
     return layers | tables

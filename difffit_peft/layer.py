@@ -12,12 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_layers import CONVOLUTIONS, features, is_plain_linear, value_shape
 from .config import DiffFitConfig
-from .norms import CHANNELS_FIRST_NORMS, is_norm, norm_of
+from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .row_scales import is_quantised, row_scales, scaled
 from .scale_function import Scale
+from .scales import Scales
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
 _NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0, "difffit_A": 0.0, "difffit_B": 0.0}
@@ -28,12 +29,7 @@ def names_in(entry: Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
-def is_supported(layer: nn.Module) -> bool:
-    """Whether γ and δ can be put on the output of `layer`, and merged into it."""
-    return isinstance(layer, (nn.Linear, Conv1D, *_CONVOLUTIONS)) or is_norm(layer)
-
-
-class DiffFitLayer(nn.Module, BaseTunerLayer):
+class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
     """Puts γ and δ, one value per output channel each, on the output of a frozen layer.
 
         y = γ ⊙ (base(x) + δ)
@@ -63,13 +59,11 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         layer = self.get_base_layer()
         self.norm = norm_of(layer)
-        self.in_features, self.out_features = _features(layer)
-        self._value_shape = _value_shape(layer)
+        self.in_features, self.out_features = features(layer)
+        self._value_shape = value_shape(layer)
         for kind in self.adapter_layer_names:
             setattr(self, kind, nn.ParameterDict())
-        self.scale: dict[str, Tensor] = {}  # 0-dim, one per adapter
-        self._scaled: set[str] = set()  # the adapters whose scale is not 1
-        self._scales_before: dict[str, list[float]] = {}  # what `scale_layer` multiplied, the latest last
+        self._init_scales()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -81,9 +75,9 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
     ) -> dict[str, tuple[int, ...]]:
         """The shapes of what an adapter puts on `layer`, by their names."""
-        inputs, outputs = _features(layer)
+        inputs, outputs = features(layer)
         wanted = {"difffit_gamma": gamma, "difffit_delta": delta}
-        shapes = {name: _value_shape(layer) for name, is_wanted in wanted.items() if is_wanted}
+        shapes = {name: value_shape(layer) for name, is_wanted in wanted.items() if is_wanted}
         return shapes | ({"difffit_A": (rank, inputs), "difffit_B": (outputs, rank)} if rank else {})
 
     def update_layer(self, adapter_name: str, config: DiffFitConfig, **target: Any) -> None:
@@ -96,43 +90,6 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_scale(adapter_name, 1)
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Sets an adapter's scale, in place: 0 is the base, 1 the adapter. Takes back every `scale_layer` of it.
-
-        After `scale_layer(0)`, setting 1 is Diffusers' way to take it back (`unscale_lora_layers`, 0.36 to 0.42): the
-        scale is then what it was before.
-        """
-        before = self._scales_before.pop(adapter_name, [])
-        if before and scale == 1 and self.scale[adapter_name] == 0:
-            scale = before[0]
-        self._fill_scale(adapter_name, scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the scale of the active adapters. Diffusers does so for `attention_kwargs={"scale": scale}`.
-
-        Raises:
-            ValueError: if they are merged: their effect is then part of the weights.
-        """
-        names = [name for name in self.active_adapters if name not in self.merged_adapters]
-        if self.merged and not names and scale != 1:
-            raise ValueError(f"{self.merged_adapters} are merged, and cannot be scaled by {scale}: unmerge them first.")
-        for name in names:
-            if name in self.scale:
-                now = float(self.scale[name])
-                self._scales_before.setdefault(name, []).append(now)
-                self._fill_scale(name, now * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Takes the latest `scale_layer` back, to the last bit, or all of them for `None`."""
-        for name in self.active_adapters:
-            if before := self._scales_before.get(name):
-                self._fill_scale(name, before[0] if scale is None else before[-1])
-                del before[0 if scale is None else -1 :]
-
-    def _fill_scale(self, adapter_name: str, scale: float) -> None:
-        self.scale.setdefault(adapter_name, torch.tensor(1.0, device="cpu")).fill_(scale)
-        (self._scaled.discard if scale == 1 else self._scaled.add)(adapter_name)
-
     def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
         """Gives an adapter the values that other adapters have together at these scales."""
         for kind in self.adapter_layer_names:
@@ -142,9 +99,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
                 blended.copy_(_padded(_compose(kind, values), blended.shape))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.scale.pop(adapter_name, None)
-        self._scaled.discard(adapter_name)
-        self._scales_before.pop(adapter_name, None)
+        self._forget_scale(adapter_name)
         super().delete_adapter(adapter_name)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -176,7 +131,7 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
         layer = self.base_layer
-        plain = delta is not None and adapter_names is None and _is_plain_linear(layer)
+        plain = delta is not None and adapter_names is None and is_plain_linear(layer)
         if plain:  # W x + (b + δ): the sum of two vectors rather than a pass over the activations
             y, delta = F.linear(x, layer.weight, (layer.bias + delta).to(layer.bias.dtype)), None
         else:
@@ -330,20 +285,11 @@ class DiffFitLayer(nn.Module, BaseTunerLayer):
         """
         layer = self.get_base_layer()
         shape, space = self._value_shape, 0
-        if isinstance(layer, (*_CONVOLUTIONS, *CHANNELS_FIRST_NORMS)):
-            space = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else y.dim() - 2
+        if isinstance(layer, (*CONVOLUTIONS, *CHANNELS_FIRST_NORMS)):
+            space = len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else y.dim() - 2
         samples = value.shape[: value.dim() - len(shape)]
         between = [1] * (y.dim() - len(shape) - space - 1) if samples else []
         return value.view(*samples, *between, *shape, *[1] * space)
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether to call `layer` is to multiply by its weight and add its bias, and nothing else."""
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__  # where Accelerate and Diffusers put what they wrap around it
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-    )
 
 
 def _initial(kind: str, shape: tuple[int, ...], neutral: bool) -> Tensor:
@@ -371,22 +317,3 @@ def _padded(value: Tensor, shape: Sequence[int]) -> Tensor:
     """`value` with zeros after it in each dimension, up to `shape`: in A and B, a higher rank with the same product."""
     missing = [size - have for size, have in zip(shape, value.shape, strict=True)]
     return F.pad(value, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else value
-
-
-def _value_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of γ and δ."""
-    norm = norm_of(layer)
-    return tuple(getattr(layer, norm.weight).shape) if norm else (_features(layer)[1],)
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """Channels of a layer's input and output."""
-    if isinstance(layer, _CONVOLUTIONS):
-        return layer.in_channels, layer.out_channels
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    if norm := norm_of(layer):
-        return (getattr(layer, norm.weight).numel(),) * 2
-    return layer.in_features, layer.out_features

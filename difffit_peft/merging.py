@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from torch import nn
 
 from .config import nearest
 from .layer import DiffFitLayer
@@ -72,3 +73,23 @@ def merge_layers(names: Mapping[BaseTunerLayer, list[str]], safe_merge: bool) ->
                     if before:
                         layer.merge(adapter_names=before)
         raise
+
+
+def owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its id: several of one that is tied."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{own}".replace(".base_layer.", "."))
+    return owners
+
+
+def tied_parameters(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> dict[str, str]:
+    """The parameters of a layer that other modules have too, and the name of one of those."""
+    others = {
+        own: [other for other in owners.get(id(parameter), []) if other != f"{name}.{own}"]
+        for own, parameter in layer._parameters.items()
+        if parameter is not None
+    }
+    return {own: names[0] for own, names in others.items() if names}

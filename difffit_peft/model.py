@@ -20,7 +20,8 @@ from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
 from .families import family_of
 from .layer import DiffFitLayer, names_in
-from .merging import check_names, merge_layers, names_to_merge
+from .merging import check_names, merge_layers, names_to_merge, owners_of_parameters, tied_parameters
+from .parameters import check_one_for_all_samples, detach_parameters
 from .publishing import base_model_id
 from .targets import exactly, matching
 
@@ -63,10 +64,7 @@ class DiffFitModel(BaseTuner):
     def _prepare_model(self, peft_config: DiffFitConfig, model: nn.Module) -> None:
         _check_model(model)
         self._planned = prepare(peft_config, model, self.peft_config)
-        self._owners: dict[int, list[str]] = {}  # of each parameter, those of tied ones several
-        for name, module in model.named_modules():
-            for own, parameter in module._parameters.items():
-                self._owners.setdefault(id(parameter), []).append(f"{name}.{own}".replace(".base_layer.", "."))
+        self._owners = owners_of_parameters(model)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: DiffFitConfig) -> None:
         """Nothing to check: what is on a layer's output has no part in a tied weight, but in a merge of it."""
@@ -89,22 +87,16 @@ class DiffFitModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, DiffFitLayer) else layer_class(target)(target)
         layer.update_layer(adapter_name, peft_config, **vars(self._planned[current_key]))
-        layer.tied = self._tied(current_key, layer.get_base_layer())
+        layer.tied = tied_parameters(current_key, layer.get_base_layer(), self._owners)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if hasattr(new_module, "base_layer") or hasattr(new_module, "weight"):
+        if hasattr(new_module, "base_layer") or "weight" in new_module._parameters:
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # a norm that calls its weight otherwise, which peft 0.21 asks for it
+        else:  # it calls its weight otherwise, which peft 0.21 would set
             setattr(parent, child_name, new_module)
-
-    def _tied(self, name: str, layer: nn.Module) -> dict[str, str]:
-        """The parameters of a layer that other modules have too, and the name of one of those."""
-        own_parameters = {own: parameter for own, parameter in layer._parameters.items() if parameter is not None}
-        owners = {own: self._owners.get(id(parameter), []) for own, parameter in own_parameters.items()}
-        return {own: next(n for n in names if n != f"{name}.{own}") for own, names in owners.items() if len(names) > 1}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -241,6 +233,8 @@ class DiffFitModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
+        check_one_for_all_samples(self, {name for entry in adapter_names for name in names_in(entry)})
+
         def hand_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, kwargs | {"adapter_names": adapter_names}
 
@@ -295,6 +289,7 @@ class DiffFitModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        detach_parameters(model.modules())
         family_of(model).restore(model, merged=merge)
         if names is not None:
             keep_names(model, names)

@@ -24,6 +24,7 @@ class Layer:
     norm: bool = False  # an affine one
     max_rank: int = 0  # of a change of its weight; 0: none goes on such a layer
     num_classes: int | None = None  # of a class table, without the null class
+    parameter: bool = False  # not a layer, but a parameter of a module: it takes δ alone
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,14 @@ def _gamma_layers(config: DiffFitConfig, family: Family, layers: Mapping[str, La
             + (f", so indices go from 0 to {longest - 1}." if longest else ": leave gamma_layers out.")
         )
     if config.gamma_modules is not None:
-        found = matching("gamma_modules", config.gamma_modules, layers)
+        found = matching("gamma_modules", config.gamma_modules, [n for n in layers if not layers[n].parameter])
     elif not block_of and config.target_modules is None:
         raise ValueError(
             f"{model} has no list of blocks, so that no rule says where γ goes. Name the layers in gamma_modules, or "
             f"give gamma_modules=[] for none. Names end in {listed(_common(layers))}."
         )
     else:
-        not_norms = [name for name, layer in layers.items() if not layer.norm]
+        not_norms = [name for name, layer in layers.items() if not (layer.norm or layer.parameter)]
         found = _preset(family.gamma_modules, not_norms, block_of)
 
     def allowed(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layer import is_supported
+from ..base_layers import is_supported
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""The layers that γ and δ go on, and the shapes of those."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .norms import is_norm, norm_of
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether γ and δ can be put on the output of `layer`, and merged into it."""
+    return isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)) or is_norm(layer)
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether to call `layer` is to multiply by its weight and add its bias, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__  # where Accelerate and Diffusers put what they wrap around it
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
+def value_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of γ and δ."""
+    norm = norm_of(layer)
+    return tuple(getattr(layer, norm.weight).shape) if norm else (features(layer)[1],)
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Channels of a layer's input and output."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    if norm := norm_of(layer):
+        return (getattr(layer, norm.weight).numel(),) * 2
+    return layer.in_features, layer.out_features
