@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from conftest import CLOSE, randomise
@@ -52,6 +53,8 @@ def adapted(request) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("own", [1.0, 0.8])
 def test_attention_kwargs_scale(adapted, own):
     base, model = adapted
+    if type(model) is UNet2DConditionModel and not hasattr(diffusers.utils, "apply_lora_scale"):
+        pytest.skip("this Diffusers scales a UNet's layers after its time embedding and conv_in have been called")
     model.set_adapters("x", own)
     before, unscaled = output(model), output(base)
     argument = SCALE[type(model).__name__]
