@@ -13,7 +13,7 @@ from torch import nn
 from .base_layers import is_supported
 from .class_rows import DiffFitEmbedding
 from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
-from .families import Family, family_of
+from .families import Family, family_name, family_of
 from .layer import DiffFitLayer
 from .norms import is_norm
 from .parameters import BareParameter, DiffFitParameter, attach_parameters
@@ -36,7 +36,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     undo_family, undo_parameters = family.prepare(model), attach_parameters(model)
     try:
         layers = named_layers(model, family)
-        planned = plan(config, layers, family, type(model).__name__, _saved_whole(config, model, layers))
+        planned = plan(config, layers, family, type(model).__name__, saved_whole(config, model, layers))
         _check_file(config, planned, model)
         if "sample_size" in facts:
             family.move_to(model, facts["sample_size"])
@@ -84,13 +84,18 @@ def _facts_of_base(
     config: DiffFitConfig, model: nn.Module, family: Family, adapters: dict[str, PeftConfig]
 ) -> dict[str, Any]:
     """What the config is to say of this base; raises if it speaks of another."""
-    base = family.facts(model)
+    base = {"model_class": family_name(model)} | family.facts(model)
+    expected = config.base_config or base
+    if expected.get("model_class", base["model_class"]) != base["model_class"]:
+        raise ValueError(
+            f"This adapter belongs to a {short(expected['model_class'])}, and the model is a {base['model_class']}. "
+            f"Load it onto {config.base_model_name_or_path or 'the base it was trained on'}."
+        )
     side = base.get("sample_size")
     if side is None and config.sample_size is not None:
         raise ValueError(
             f"sample_size={config.sample_size}: {type(model).__name__} cannot be moved to other latents. Leave it out."
         )
-    expected = config.base_config or base
     differing = [name for name in expected if expected[name] != base.get(name)]
     if differing:
         raise ValueError(
@@ -99,7 +104,7 @@ def _facts_of_base(
             + f". Load it onto {config.base_model_name_or_path or 'the base it was trained on'}, or start a new "
             "adapter from a new DiffFitConfig."
         )
-    facts: dict[str, Any] = {"base_config": base} if base else {}
+    facts: dict[str, Any] = {"base_config": base}
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if name and config.base_model_name_or_path is None:
         facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
@@ -117,24 +122,30 @@ def _facts_of_base(
     return facts | {"sample_size": sample_size}
 
 
-def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Module) -> None:
-    """Refuses a file whose weights are not those of the plan."""
-    if config.weight_shapes is None:
-        return
+def planned_shapes(config: DiffFitConfig, targets: dict[str, Target], model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of the plan, by the names of the layer and of what is put on it."""
     planned: dict[str, tuple[int, ...]] = {}
     for name, target in targets.items():
         module = model.get_submodule(name)
         layer = getattr(module, "get_base_layer", lambda m=module: m)()
         shapes = layer_class(layer).shapes(layer, config, **vars(target))
         planned |= {f"{name}.{kind}": shape for kind, shape in shapes.items()}
+    return planned
+
+
+def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Module) -> None:
+    """Refuses a file whose weights are not those of the plan."""
+    if config.weight_shapes is None:
+        return
+    planned = planned_shapes(config, targets, model)
     saved = tuple(f".{module}." for module in config.modules_to_save or ())
     found = {  # peft would write any other weights to the base
         name.removeprefix("base_model.model."): shape
         for name, shape in config.weight_shapes.items()
         if ".difffit_" in name or not any(module in f".{name}" for module in saved)
     }
-    saved_whole = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    closed = next((name for name in saved_whole for weight in found if weight.startswith(f"{name}.")), None)
+    whole = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    closed = next((name for name in whole for weight in found if weight.startswith(f"{name}.")), None)
     if closed is not None:
         raise ValueError(
             f"The adapter has weights for {closed}, which another adapter of this model saves whole (modules_to_save). "
@@ -154,7 +165,7 @@ def check_weight_names(expected: set[str], found: set[str]) -> None:
         )
 
 
-def _saved_whole(config: DiffFitConfig, model: nn.Module, names: Iterable[str]) -> set[str]:
+def saved_whole(config: DiffFitConfig, model: nn.Module, names: Iterable[str]) -> set[str]:
     """The layers among `names` that are, or lie in, a module of `modules_to_save`."""
     modules = dict(model.named_modules())
     saved: set[str] = set()

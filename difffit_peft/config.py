@@ -26,7 +26,8 @@ class DiffFitConfig(PeftConfig):
 
     `DiffFitConfig()` trains every bias, every affine norm, the class embedding and the scale factors γ. γ is where the
     family of the model has it (`difffit_peft.families`): for the paper's own model where public DiffFit code has it,
-    else on all layers of all blocks. `DiffFitConfig(gamma_modules=[])` is BitFit with the class embedding.
+    else on the same layers by their names, in the first half of each list of blocks. `DiffFitConfig(gamma_modules=[])`
+    is BitFit with the class embedding.
 
     `r` is ours and not the paper's, a change of low rank: `DiffFitConfig(gamma_modules=[], r=1,
     exclude_modules=["to_k"])` puts one of rank 1 where γ would be. What it is worth is in `docs/results.md`.

@@ -46,6 +46,7 @@ def plan(
     Raises:
         ValueError: if a field of `config` does not fit the model, naming what would.
     """
+    layers = _trainable(layers, family)
     tables = {name: layer for name, layer in layers.items() if layer.num_classes is not None}
     others = {name: layer for name, layer in layers.items() if name not in tables}
     if config.num_classes is not None and not tables:
@@ -96,6 +97,7 @@ def spelled_out(
     So presets may change one day, and whoever loads the file of an adapter matches no expression of a stranger's.
     """
     fields: dict[str, Any] = {}
+    layers = _trainable(layers, family)
 
     def having(kind: str) -> set[str]:
         return {name for name, target in planned.items() if getattr(target, kind) and not layers[name].norm}
@@ -118,6 +120,12 @@ def exactly(selected: Iterable[str], names: Iterable[str]) -> list[str]:
     selected = {*selected}
     others = [name for name in names if name not in selected]
     return sorted(f".{name}" if any(o.endswith(f".{name}") for o in others) else name for name in selected)
+
+
+def _trainable(layers: Mapping[str, Layer], family: Family) -> dict[str, Layer]:
+    """The layers without those that the family leaves out."""
+    left_out = family.left_out(layers)
+    return {name: layer for name, layer in layers.items() if name not in left_out}
 
 
 def _gamma_layers(config: DiffFitConfig, family: Family, layers: Mapping[str, Layer], model: str) -> set[str]:
@@ -198,14 +206,14 @@ def _shortest(selected: set[str], layers: Mapping[str, Layer], family: Family) -
 
 def _blocks(family: Family, names: Iterable[str]) -> dict[str, tuple[str, int]]:
     """The list and the index of the block that each layer lies in; without the layers that lie in none."""
-    inside = [(name, blocks) for name in names for blocks in family.blocks if name.startswith(f"{blocks}.")]
+    inside = [(name, blocks) for name in names for blocks in family.blocks or () if name.startswith(f"{blocks}.")]
     return {name: (blocks, int(name.removeprefix(f"{blocks}.").split(".")[0])) for name, blocks in inside}
 
 
 def _preset(endings: tuple[str, ...] | None, names: Iterable[str], block_of: Collection[str]) -> list[str]:
-    """Those of `names` that lie in a block, if there are any, and have one of the endings."""
+    """Those of `names` that lie in a block, if there are any, and have one of the endings; or all, if none has."""
     inside = [name for name in names if name in block_of or not block_of]
-    return [name for name in inside if endings is None or name.endswith(tuple(f".{end}" for end in endings))]
+    return [name for name in inside if f".{name}".endswith(tuple(f".{end}" for end in endings or ()))] or inside
 
 
 def matching(field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True) -> list[str]:

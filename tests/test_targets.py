@@ -17,8 +17,8 @@ LAYERS = {
     "proj": LINEAR,
     "labels.table": Layer("Embedding", num_classes=10),
 }
-FAMILY = Family(blocks=("double", "single"), class_table="table")
-HALF = Family(blocks=("double", "single"), gamma_modules=("q",), gamma_share=0.5, low_rank_modules=("proj",))
+FAMILY = Family(blocks=("double", "single"), gamma_modules=(), gamma_share=1.0, class_table="table")
+HALF = Family(blocks=("double", "single"), gamma_modules=("q",), low_rank_modules=("proj",))
 
 
 def planned(family: Family = FAMILY, layers: dict[str, Layer] = LAYERS, **fields) -> dict[str, Target]:
@@ -51,6 +51,20 @@ def test_a_familys_presets():
     )
     assert targets["double.1.proj"] == Target(delta=True, rank=2)
     assert having("rank", targets) == inside("proj", *DOUBLE, *SINGLE)
+
+
+def test_what_a_family_leaves_out():
+    family = Family(("double", "single"), ("q", "proj"), closed=("embed",), unused=("double.-1.proj", "single.0"))
+    targets = planned(family)
+    assert having("gamma", targets) - inside("norm", *DOUBLE, *SINGLE) == inside("q proj", "double.0", "single.1")
+    assert {"embed", "double.1.proj", "single.0.norm"}.isdisjoint(targets) and "single.0.q" not in targets
+    with pytest.raises(ValueError, match="'embed' matches no layer that DiffFit can train"):
+        planned(family, target_modules=["embed"])
+    config = DiffFitConfig(target_modules=r".*(embed|proj)", gamma_modules=r".*proj")
+    fields = spelled_out(
+        config, planned(family, target_modules=r".*(embed|proj)", gamma_modules=r".*proj"), LAYERS, family
+    )
+    assert plan(DiffFitConfig(**fields), LAYERS, family, "Model") == plan(config, LAYERS, family, "Model")
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,8 @@ _FACTS = (
 
 @dataclass(frozen=True)
 class DiT(Family):
-    blocks: tuple[str, ...] = ("transformer_blocks",)
-    gamma_modules: tuple[str, ...] | None = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2")
-    gamma_share: float = 0.5
+    blocks: tuple[str, ...] | None = ("transformer_blocks",)
+    gamma_modules: tuple[str, ...] = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2")
     low_rank_modules: tuple[str, ...] | None = ("attn1.to_out.0", "ff.net.2")
     added_modules: tuple[str, ...] = ("norm1_emb",)
     class_table: str | None = "class_embedder.embedding_table"
