@@ -154,7 +154,7 @@ def training_parser(
     hub.add_argument("--hub_private_repo", action=switch, help="make the repository private, if it is new")
 
     show = parser.add_argument_group("validation")
-    show.add_argument("--validation_steps", type=positive_int, default=1000)
+    show.add_argument("--validation_steps", type=positive_int, default=1_000)
     show.add_argument(
         "--num_validation_images", type=non_negative_int, default=4, help="in each row; 0: no pictures, the loss alone"
     )
