@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from difffit_peft import DiffFitConfig
 from difffit_peft.training.latents import LatentDataset
 from difffit_peft.training.loop import TrainingLoop
+from difffit_peft.training.objective import class_conditional
 
 
 def test_training_takes_16_bytes_a_parameter_beside_the_frozen_base():
@@ -29,7 +30,7 @@ def test_training_takes_16_bytes_a_parameter_beside_the_frozen_base():
     accelerator = Accelerator(cpu=True)
     lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     prepared = accelerator.prepare(model, optimizer, lr_scheduler)
-    loop = TrainingLoop(accelerator, *prepared, DDPMScheduler(), seed=0, ema_decay=0.9999)
+    loop = TrainingLoop(accelerator, *prepared, class_conditional(model, DDPMScheduler()), seed=0, ema_decay=0.9999)
     latents = LatentDataset(torch.randn(1, 8, 4, 8, 8), torch.rand(1, 8, 4, 8, 8), torch.arange(8))
     assert [loop.step for _ in loop.steps(DataLoader(latents, 4))] == [1, 2]
     assert used == [16 * sum(p.numel() for p in parameters)] * 2
@@ -44,7 +45,9 @@ def test_a_norm_of_0_clips_nothing():
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         accelerator = Accelerator(cpu=True)
         prepared = accelerator.prepare(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
-        loop = TrainingLoop(accelerator, *prepared, DDPMScheduler(), seed=0, max_grad_norm=max_grad_norm)
+        loop = TrainingLoop(
+            accelerator, *prepared, class_conditional(model, DDPMScheduler()), seed=0, max_grad_norm=max_grad_norm
+        )
         latents = LatentDataset(torch.ones(1, 4, 4, 8, 8), torch.ones(1, 4, 4, 8, 8), torch.arange(4))
         before = loop.trained_weights()
         list(loop.steps(DataLoader(latents, 4)))
@@ -69,7 +72,7 @@ def test_labels_are_dropped_where_a_model_has_a_null_class(make_model, null):
     optimizer = torch.optim.AdamW(model.parameters())
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
-    loop = TrainingLoop(accelerator, *prepared, DDPMScheduler(), seed=0)
+    loop = TrainingLoop(accelerator, *prepared, class_conditional(model, DDPMScheduler()), seed=0)
     latents = LatentDataset(torch.randn(1, 64, 4, 8, 8), torch.rand(1, 64, 4, 8, 8), torch.arange(64))
     assert all(loss > 0 for loss in loop.steps(DataLoader(latents, 32)))
     dropped = [label for row, label in enumerate(seen) if label != row]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import accelerate.tracking
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -24,7 +25,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.training import prepare
 from difffit_peft.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from difffit_peft.training.run import peak_memory
 from difffit_peft.training.visualize import sample_grid
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_difffit.py"
@@ -446,20 +449,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
 
 
 def test_peak_memory_on_other_systems(monkeypatch):
-    monkeypatch.setitem(sys.modules, "resource", None)  # stands for Windows, also while the script is imported
-    spec = importlib.util.spec_from_file_location("train_difffit", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    monkeypatch.setitem(sys.modules, "resource", None)  # stands for Windows
     cpu = torch.device("cpu")
-    monkeypatch.setattr(script.psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=12_345))
-    assert script.peak_memory(cpu) == 12_345
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=12_345))
+    assert peak_memory(cpu) == 12_345
     monkeypatch.undo()
-    linux = script.peak_memory(cpu)
+    linux = peak_memory(cpu)
     assert linux > 100 * 2**20
     monkeypatch.setattr(sys, "platform", "darwin")
     usage = SimpleNamespace(ru_maxrss=linux)
     monkeypatch.setattr(resource, "getrusage", lambda who: usage)
-    assert script.peak_memory(cpu) == linux
+    assert peak_memory(cpu) == linux
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio"])
@@ -471,7 +471,7 @@ def test_a_tracker_that_is_not_installed_is_refused(script, workdir, monkeypatch
 
 
 def test_an_optimizer_that_is_not_installed_is_refused_first(script, workdir, monkeypatch):
-    monkeypatch.setattr(script, "is_bnb_available", lambda: False)
+    monkeypatch.setattr(prepare, "is_bnb_available", lambda: False)
     with pytest.raises(ValueError, match="--optimizer adamw_8bit needs bitsandbytes, which is not installed"):
         run(script, workdir, "no_8bit", "--optimizer", "adamw_8bit", base="not there")
 

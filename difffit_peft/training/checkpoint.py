@@ -109,9 +109,11 @@ def check_checkpoint(path: str | os.PathLike, run: dict[str, Any], whole: bool =
         )
 
 
+_CONDITIONS = ("classes", "captions")  # what images come with
 _IN_WORDS = {
     "base": "the base's weights are others",
     "vae": "the VAE's weights or config are others",
+    "prompts": "the text encoders or tokenizers are others",
     "order": "the images come in another order",
 }
 
@@ -119,19 +121,19 @@ _IN_WORDS = {
 def _differences(saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """What differs between two runs, in words."""
     differing = [name for name in sorted(saved.keys() | run.keys()) if saved.get(name) != run.get(name)]
-    if "images" in differing or "classes" in differing:  # the order is then another too
+    if {"images", *_CONDITIONS} & {*differing}:  # the order is then another too
         differing = [name for name in differing if name != "order"]
     words = []
     for name in differing:
         old, new = saved.get(name), run.get(name)
         if name == "images" and old and new:
-            other = set(saved.get("classes", [])) ^ set(run.get("classes", []))
+            other = {c for kind in _CONDITIONS for c in {*saved.get(kind, [])} ^ {*run.get(kind, [])}}
             words += _differing_images(old, new, sorted((old.keys() | new.keys()) - other))
-        elif name == "classes" and old and new:
+        elif name in _CONDITIONS and old and new:
             added, gone = [c for c in new if c not in old], [c for c in old if c not in new]
-            words += [f"new classes: {', '.join(added[:5])}"] if added else []
-            words += [f"classes that are gone: {', '.join(gone[:5])}"] if gone else []
-            words += [] if added or gone else ["the classes come in another order"]
+            words += [f"new {name}: {', '.join(added[:5])}"] if added else []
+            words += [f"{name} that are gone: {', '.join(gone[:5])}"] if gone else []
+            words += [] if added or gone else [f"the {name} come in another order"]
         else:
             words.append(_IN_WORDS.get(name) or f"{name} was {_short(old)} and is {_short(new)}")
     return words

@@ -19,7 +19,8 @@ _SHOWN = 5  # so many examples in a message
 _SPLIT_NAMES = {name for names in SPLIT_KEYWORDS.values() for name in names}
 
 
-def load_local(path: Path, split: str, cache_dir: str | None) -> Table:
+def load_local(path: Path, split: str, cache_dir: str | None, captioned: bool = False) -> Table:
+    """A folder or file as a table. With `captioned`, a folder of images needs metadata."""
     path = path.expanduser().resolve()
     if not path.exists():
         raise ValueError(
@@ -53,6 +54,11 @@ def load_local(path: Path, split: str, cache_dir: str | None) -> Table:
         raise ValueError(
             f"split is {split!r}, but {nested} is not a folder with classes or metadata in it. Without it, all of "
             f"{path} is the split 'train': leave split out, or give another folder."
+        )
+    if captioned and not scan.metadata:
+        raise ValueError(
+            f"train_data_dir {root} holds {len(scan.images)} images and no captions: put them into a file called "
+            f"{' or '.join(ImageFolder.METADATA_FILENAMES)} there, one row per image with its file_name and text."
         )
     if divided:
         left_out = [child.name for child in sorted(path.iterdir()) if child != nested and not _hidden(child)]

@@ -92,6 +92,72 @@ def load_labelled_images(
         ValueError: if there is nothing to load, a column is missing or of the wrong type, a label is missing or out
             of range, or there are more than `max_classes` classes.
     """
+    table = _load(dataset_name, train_data_dir, dataset_config_name, split, cache_dir)
+    _check_columns(table, image_column=image_column, label_column=label_column)
+    images = _undecoded(table, image_column)
+    labels, class_names = _labels(table, label_column, max_classes)
+    if max_classes is not None and len(class_names) > max_classes:
+        raise ValueError(
+            f"The dataset has {len(class_names)} classes, but the base's class table holds {max_classes}: "
+            "merge or drop classes."
+        )
+    if max_samples is not None:
+        rows = _drawn(len(images), max_samples, seed)
+        images, labels = images.select(rows), labels[torch.from_numpy(rows)]
+    return LabelledImages(images, labels, class_names)
+
+
+def load_captioned_images(
+    dataset_name: str | None = None,
+    train_data_dir: str | os.PathLike | None = None,
+    *,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "text",
+    max_samples: int | None = None,
+    seed: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> LabelledImages:
+    """Images with captions: each caption is a class of its own, so `class_names` are the captions, each once.
+
+    Args as for `load_labelled_images`, but a folder of images needs a metadata file, `metadata.csv` or
+    `metadata.jsonl`, with a column of captions beside `file_name`.
+
+    Raises:
+        ValueError: as `load_labelled_images` does, and if the column holds anything but text.
+    """
+    table = _load(dataset_name, train_data_dir, dataset_config_name, split, cache_dir, captioned=True)
+    _check_columns(table, image_column=image_column, caption_column=caption_column)
+    feature = table.features[caption_column]
+    if not isinstance(feature, Value) or feature.dtype not in _STRINGS:
+        raise ValueError(
+            f"caption_column {caption_column!r} holds {feature}: expected one text per image. The columns are "
+            f"{table.column_names}."
+        )
+    if max_samples is not None:
+        table = table.select(_drawn(len(table), max_samples, seed))
+    values = table.select_columns(caption_column)[:][caption_column]
+    empty = [row for row, value in enumerate(values) if not (value or "").strip()]
+    if empty:
+        raise ValueError(
+            f"caption_column {caption_column!r} is empty in row {empty[0]} ({len(empty)} such rows): every image needs "
+            "a caption."
+        )
+    captions = sorted(set(values))
+    index = {caption: i for i, caption in enumerate(captions)}
+    labels = torch.tensor([index[value] for value in values])
+    return LabelledImages(_undecoded(table, image_column), labels, captions)
+
+
+def _load(
+    dataset_name: str | None,
+    train_data_dir: str | os.PathLike | None,
+    dataset_config_name: str | None,
+    split: str,
+    cache_dir: str | os.PathLike | None,
+    captioned: bool = False,
+) -> Table:
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
             f"dataset_name is {dataset_name!r} and train_data_dir is {train_data_dir!r}: give exactly one of them."
@@ -104,31 +170,29 @@ def load_labelled_images(
     cache_dir = None if cache_dir is None else str(cache_dir)
     try:
         if train_data_dir is not None:
-            table = load_local(Path(train_data_dir), split, cache_dir)
+            table = load_local(Path(train_data_dir), split, cache_dir, captioned)
         else:
             table = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:  # they do not say what is wrong, or where
         raise ValueError(f"{dataset_name or train_data_dir} cannot be read: {error.__cause__ or error}") from error
     if len(table) == 0:
         raise ValueError(f"{dataset_name or train_data_dir}: split {split!r} has no rows, so nothing can be trained.")
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
+    return table
+
+
+def _check_columns(table: Table, **columns: str) -> None:
+    for argument, column in columns.items():
         if column not in table.column_names:
             raise ValueError(
                 f"{argument} is {column!r}, but the dataset has the columns {table.column_names}: name one of those."
             )
-    images = _undecoded(table, image_column)
-    labels, class_names = _labels(table, label_column, max_classes)
-    if max_classes is not None and len(class_names) > max_classes:
-        raise ValueError(
-            f"The dataset has {len(class_names)} classes, but the base's class table holds {max_classes}: "
-            "merge or drop classes."
-        )
-    if max_samples is not None:
-        if max_samples < 1:
-            raise ValueError(f"max_samples is {max_samples}: it must be at least 1.")
-        rows = np.random.default_rng(seed).permutation(len(images))[:max_samples]
-        images, labels = images.select(rows), labels[torch.from_numpy(rows)]
-    return LabelledImages(images, labels, class_names)
+
+
+def _drawn(count: int, max_samples: int, seed: int | None) -> np.ndarray:
+    """So many rows, drawn with `seed`."""
+    if max_samples < 1:
+        raise ValueError(f"max_samples is {max_samples}: it must be at least 1.")
+    return np.random.default_rng(seed).permutation(count)[:max_samples]
 
 
 def _undecoded(table: Table, column: str) -> Table:

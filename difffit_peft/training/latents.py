@@ -31,6 +31,7 @@ from ..config import parse_colour
 from ..files import write
 from .folders import listed
 from .images import LabelledImages, to_pixels
+from .vae import moments
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +176,10 @@ def _describe_images(hashes: Tensor, labels: Tensor, class_names: list[str]) -> 
     def digest(content: bytes) -> str:
         return hashlib.sha256(content).hexdigest()[:16]
 
-    images = {}
-    for i, name in enumerate(class_names):
-        own = hashes[labels == i]
-        if len(own):
-            images[name] = [len(own), digest(b"".join(sorted(map(bytes, own.numpy()))))]
+    own: dict[int, list[bytes]] = {label: [] for label in sorted(set(labels.tolist()))}
+    for label, image in zip(labels.tolist(), hashes.numpy(), strict=True):
+        own[label].append(image.tobytes())
+    images = {class_names[label]: [len(rows), digest(b"".join(sorted(rows)))] for label, rows in own.items()}
     return {"images": images, "order": digest(hashes.numpy().tobytes() + labels.numpy().tobytes())}
 
 
@@ -196,7 +196,7 @@ def encode_latents(
     num_workers: int = 0,
     check: Callable[[dict[str, Any]], None] | None = None,
 ) -> LatentDataset:
-    """Means and standard deviations of the VAE's posterior for every image, times its scaling factor.
+    """Means and standard deviations of the VAE's posterior for every image, normalised as `vae.moments` does.
 
     They are kept in `cache_dir` in one folder per `key` and mapped from there the next time; a folder that cannot be
     read is written anew. The key holds the bytes of the images in their order, and no names or times: a copy of a data
@@ -308,9 +308,8 @@ def _encode(
             if pixels is None or (broken and not skip_broken_images):
                 continue  # only to find all that is broken
             pixels = pixels.to(vae.device, vae.dtype)
-            posteriors = [vae.encode(seen).latent_dist for seen in (pixels, pixels.flip(-1))[:views]]
-            latents = torch.stack([torch.stack([p.mean, p.std], dim=1) for p in posteriors], dim=2)
-            latents = (latents.float() * vae.config.scaling_factor).half()
+            seen = [torch.stack(moments(vae, view), dim=1) for view in (pixels, pixels.flip(-1))[:views]]
+            latents = torch.stack(seen, dim=2).half()
             if not latents.isfinite().all():
                 raise ValueError(
                     f"The VAE in {vae.dtype} gives latents that are not finite for rows {rows[0]} to {rows[-1]}: "

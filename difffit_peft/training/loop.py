@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .losses import diffusion_loss
-from .sampling import Draws, disable_label_dropout, draw, null_class, sample_latents
+from .objective import Objective
+from .sampling import Draws, draw, sample_latents
 
 
 class Diverged(RuntimeError):
@@ -27,29 +26,27 @@ class Diverged(RuntimeError):
 
 
 class TrainingLoop:
-    """Trains the parameters that require gradients of a class-conditional model, on cached latents.
+    """Trains the parameters that require gradients of a conditional model, on cached latents.
 
-        loop = TrainingLoop(accelerator, model, optimizer, lr_scheduler, noise_scheduler, seed=0)
+        loop = TrainingLoop(accelerator, model, optimizer, lr_scheduler, class_conditional(model, scheduler), seed=0)
         for loss in loop.steps(loader):
             print(loop.step, loss)
         with loop.averaged_weights():
             model.save_pretrained("adapter", state_dict=loop.trained_weights(), save_embedding_layers=False)
 
-    All that is drawn is a function of the seed and the step (`sampling`). The loop drops labels where the model has a
-    null class; it turns the model's own label dropout off. So a run that goes on from `state_dict()` is, on a CPU, the
-    uninterrupted one to the last bit.
+    All that is drawn is a function of the seed and the step (`sampling`), dropped labels too. So a run that goes on
+    from `state_dict()` is, on a CPU, the uninterrupted one to the last bit.
 
     On the accelerator are the trained weights, their gradients and AdamW's moments, 16 bytes a parameter in all. The
     average of the weights is kept in the memory of the CPU.
 
     Args:
         accelerator: an `accelerate.Accelerator`, which has prepared the next three.
-        model: takes noisy latents, `timestep` and `class_labels`, as Diffusers' DiT does; adapted or not.
+        model: what `objective` calls; adapted or not.
         optimizer: of the model's parameters that require gradients.
         lr_scheduler: stepped with the optimizer.
-        noise_scheduler: with the `betas` and the `prediction_type` of the base.
+        objective: gives the losses of a batch: `objective.class_conditional` or `text_to_image.TextToImage.objective`.
         seed: of all draws.
-        snr_gamma: min-SNR weighting, see `losses.diffusion_loss`.
         max_grad_norm: gradients are clipped to this norm; 0: they are not.
         ema_decay: of the average of the weights (Diffusers' `EMAModel`, warmed up); `None`: no average.
         compile: call the model through `torch.compile`.
@@ -67,17 +64,16 @@ class TrainingLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Any,
-        noise_scheduler: DDPMScheduler,
+        objective: Objective,
         *,
         seed: int,
-        snr_gamma: float | None = None,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
         compile: bool = False,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.lr_scheduler = accelerator, model, optimizer, lr_scheduler
-        self.noise_scheduler, self.seed = noise_scheduler, seed
-        self.snr_gamma, self.max_grad_norm = snr_gamma, max_grad_norm or math.inf
+        self.objective, self.seed = objective, seed
+        self.max_grad_norm = max_grad_norm or math.inf
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = None
         if ema_decay is not None:
@@ -89,8 +85,6 @@ class TrainingLoop:
         self._forward = torch.compile(model) if compile else model
         # without what Accelerate puts around it, for several processes and `accelerate launch --dynamo_backend`
         self._plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._null_class = null_class(model)
-        disable_label_dropout(model)
 
     def steps(self, loader: DataLoader) -> Iterator[float]:
         """Trains on the batches of `loader`, without those already trained on; yields the loss of each optimiser step.
@@ -146,7 +140,7 @@ class TrainingLoop:
         hidden = not self.accelerator.is_local_main_process
         batches = tqdm(DataLoader(dataset, batch_size), desc="Validation loss", leave=False, disable=hidden)
         for batch, (mean, std, labels) in enumerate(batches):
-            draws = draw(self.seed, batch, mean.shape, self.noise_scheduler.config.num_train_timesteps, device=device)
+            draws = draw(self.seed, batch, mean.shape, self.objective.noising.num_train_timesteps, device=device)
             losses.append(self._losses(model, draws, mean.to(device), std.to(device), labels.to(device)))
         model.train(training)
         return torch.cat(losses).mean().item()
@@ -200,7 +194,8 @@ class TrainingLoop:
             self.seed,
             batch,
             shape,
-            self.noise_scheduler.config.num_train_timesteps,
+            self.objective.noising.num_train_timesteps,
+            label_dropout=self.objective.dropout,
             process=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             device=self.accelerator.device,
@@ -208,16 +203,11 @@ class TrainingLoop:
 
     def _losses(self, model: nn.Module, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> Tensor:
         """The loss of each sample, (batch,)."""
-        x_0 = sample_latents(mean, std, draws.view, draws.posterior)
-        x_t = self.noise_scheduler.add_noise(x_0, draws.noise, draws.timesteps)
-        output = model(x_t, timestep=draws.timesteps, class_labels=labels).sample
-        return diffusion_loss(output, x_0, draws.noise, draws.timesteps, self.noise_scheduler, self.snr_gamma)
+        return self.objective.losses(model, draws, sample_latents(mean, std, draws.view, draws.posterior), labels)
 
     def _backward(self, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> float:
         """Adds the gradients of one batch; its loss over all processes."""
-        if self._null_class is not None:
-            labels = torch.where(draws.dropped, self._null_class, labels)
-        loss = self._losses(self._forward, draws, mean, std, labels).mean()
+        loss = self._losses(self._forward, draws, mean, std, self.objective.drop(draws, labels)).mean()
         # the loss, and whether a process was asked to stop: all must know, to stop together
         told = torch.tensor([loss.detach(), float(self._stop_asked)], device=self.accelerator.device)
         everyones, stop = self.accelerator.reduce(told, reduction="mean").tolist()

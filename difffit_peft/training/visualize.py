@@ -44,20 +44,27 @@ def sample_grid(
             f"Classes {wrong or classes} with {num_images} pictures each cannot be sampled: give classes from 0 to "
             f"{null - 1}, and at least one picture."
         )
-    transformer = pipe.transformer
-    training, device = transformer.training, transformer.device
-    transformer.eval()
+    calls = [{"class_labels": [label] * num_images} | options for label in classes]
+    return grid_of_calls(pipe, pipe.transformer, calls, num_images, seed=seed)
+
+
+def grid_of_calls(
+    pipe: DiffusionPipeline, model: Any, calls: list[dict[str, Any]], num_images: int, *, seed: int = 0
+) -> PIL.Image.Image:
+    """One row of `num_images` pictures per call of the pipeline, from the seeds `seed`, `seed` + 1, ..., in each row.
+
+    The mode of `model`, which is a part of the pipeline, and the random state are as before afterwards.
+    """
+    training, device = model.training, model.device
+    model.eval()
     images = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # schedulers that draw without a generator
-        for label in classes:
-            images += pipe(
-                [label] * num_images,
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
-                **options,
-            ).images
-    transformer.train(training)
-    return make_image_grid(images, len(classes), num_images)
+        for call in calls:
+            generator = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+            images += pipe(**call, generator=generator).images
+    model.train(training)
+    return make_image_grid(images, len(calls), num_images)
 
 
 def label_rows(grid: PIL.Image.Image, names: list[str]) -> PIL.Image.Image:

@@ -21,6 +21,7 @@ from difffit_peft.files import write
 from difffit_peft.training.images import load_labelled_images
 from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
+from difffit_peft.training.objective import class_conditional
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -145,9 +146,8 @@ class Bench:
         order = RandomSampler(train, num_samples=max(count, 1), generator=torch.Generator().manual_seed(run.seed))
         loader = DataLoader(train, run.batch_size, sampler=order)
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-        loop = TrainingLoop(
-            accelerator, model, optimizer, schedule, noise_scheduler, seed=run.seed, snr_gamma=5, ema_decay=0.9999
-        )
+        objective = class_conditional(model, noise_scheduler, snr_gamma=5)
+        loop = TrainingLoop(accelerator, model, optimizer, schedule, objective, seed=run.seed, ema_decay=0.9999)
         cpu = time.process_time()
         if run.steps:
             try:

@@ -1,0 +1,32 @@
+"""Latents as transformers are trained on them: what a VAE gives, normalised as its config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the posterior of images, (batch, 3, height, width), normalised, in float32.
+
+    Latents that the VAE normalises in patches of 2x2 (`AutoencoderKLFlux2`) come in such patches: (batch, 4 channels,
+    height / 2, width / 2).
+    """
+    config = vae.config
+    posterior = vae.encode(pixels).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
+    if hasattr(vae, "bn"):
+        mean, std = _patches(mean), _patches(std)
+        shift, scale = vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).rsqrt()
+        shift, scale = (value.to(mean).view(1, -1, 1, 1) for value in (shift, scale))
+        return (mean - shift) * scale, std * scale
+    shift = config.get("shift_factor")
+    return (mean if shift is None else mean - shift) * config.scaling_factor, std * config.scaling_factor
+
+
+def _patches(latents: Tensor) -> Tensor:
+    """(batch, c, 2 h, 2 w) → (batch, 4 c, h, w), as `Flux2Pipeline._patchify_latents` orders them."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return patches.reshape(batch, 4 * channels, height // 2, width // 2)
