@@ -52,6 +52,7 @@ class DiffFitConfig(PeftConfig):
         sample_size: side of the latents the adapter is made for. `None`: the base's own.
         background: colour that was behind transparent training images: a name that Pillow knows, or #rrggbb. It travels
             with the adapter, so that an evaluation sees images as training did.
+        trained_guidance_scale: scale of the guidance that was trained in; the pipeline then samples without guidance.
         modules_to_save: modules trained and saved whole beside the DiffFit layers.
         init_weights: `True` starts from γ = 1, δ = 0. `False` starts from random values (for tests).
         base_config: shape of the base the adapter belongs to. Filled in when the adapter is attached.
@@ -88,6 +89,9 @@ class DiffFitConfig(PeftConfig):
     sample_size: int | None = field(default=None, metadata={"help": "Latent side to adapt to. None: the base's own."})
     background: str | None = field(
         default=None, metadata={"help": "Colour that was behind transparent training images."}
+    )
+    trained_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Scale of the guidance that was trained in. None: sampling needs guidance."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the DiffFit layers."}
@@ -137,6 +141,9 @@ class DiffFitConfig(PeftConfig):
             raise ValueError(f"sample_size={short(self.sample_size)}: the side of the latents is an integer above 0.")
         if self.background is not None:
             parse_colour(self.background)
+        trained = self.trained_guidance_scale = plain(self.trained_guidance_scale)
+        if trained is not None and not (type(trained) in (int, float) and 0 < trained < math.inf):
+            raise ValueError(f"trained_guidance_scale={short(trained)}: must be a finite number above 0, or None.")
         if self.base_config is not None and not isinstance(self.base_config, dict):
             raise ValueError(f"base_config={short(self.base_config)}: must be a dict, or None.")
         if not isinstance(self.init_weights, bool):

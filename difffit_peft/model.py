@@ -206,6 +206,7 @@ class DiffFitModel(BaseTuner):
         classes = [config.num_classes for name, config in zip(adapters, configs, strict=True)
                    if any(name in layers[table].difffit_delta for table in tables)]  # fmt: skip
         labels, backgrounds = [config.id2label for config in configs], {config.background for config in configs}
+        guidance = {config.trained_guidance_scale for config in configs}
         return dataclasses.replace(
             configs[0],
             target_modules=among(deltas | gammas & norms),
@@ -217,6 +218,7 @@ class DiffFitModel(BaseTuner):
             num_classes=max(classes) if classes and None not in classes else None,
             id2label=labels[0] if all(names == labels[0] for names in labels) else None,
             background=backgrounds.pop() if len(backgrounds) == 1 else None,
+            trained_guidance_scale=guidance.pop() if len(guidance) == 1 else None,
             init_weights=True,
         )
 

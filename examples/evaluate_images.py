@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling and comparison")
     sampling.add_argument("--num_images", type=positive_int, default=5000)
     sampling.add_argument("--batch_size", type=positive_int, default=32, help="per process")
-    sampling.add_argument("--guidance_scale", type=float, default=4.0)
+    sampling.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
     sampling.add_argument(
         "--guidance",
         choices=["class", "domain"],

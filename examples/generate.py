@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter_weights", nargs="*", type=float, help="a scale for each; default: 1")
     parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
     parser.add_argument("--num_images", type=positive_int, default=4, help="per class")
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
     parser.add_argument(
         "--guidance",
         choices=["class", "domain"],

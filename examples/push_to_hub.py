@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="Hub id, or a few words")
     parser.add_argument("--labels", nargs="+", help="classes on the picture, by name or index; default: the first four")
     parser.add_argument("--num_images", type=non_negative_int, default=4, help="per class; 0: no picture")
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
     parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")

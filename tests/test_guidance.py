@@ -110,3 +110,17 @@ def test_refusals(pipe):
         with pytest.raises(ValueError, match="fused, and so part of the base: call unfuse_difffit"):
             images(pipe, **options)
     images(pipe)
+
+
+def test_adapters_with_guidance_trained_in_take_one_forward_a_step(pipe, folder):
+    save_adapter(folder / "guided", id2label={0: "fox"}, trained_guidance_scale=1.5)
+    pipe.load_difffit_weights(folder / "guided", "guided")
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    assert torch.equal(images(pipe), images(pipe, guidance_scale=1.0))
+    images(pipe, guidance_scale=3.0)
+    images(pipe, adapter_names=["guided", "fox"])  # one of them needs guidance
+    images(pipe, adapter_names=["guided", "guided"])
+    pipe.set_adapters(["guided", "fox"], [0.5, 0.5])
+    images(pipe)
+    assert [calls[i] for i in range(0, len(calls), 2)] == [2, 2, 4, 4, 2, 4]

@@ -8,10 +8,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
+import difffit_peft.training.objective as objective_module
 from difffit_peft import DiffFitConfig
 from difffit_peft.training.latents import LatentDataset
 from difffit_peft.training.loop import TrainingLoop
-from difffit_peft.training.objective import class_conditional
+from difffit_peft.training.objective import Guidance, class_conditional
+from difffit_peft.training.sampling import draw
 
 
 def test_training_takes_16_bytes_a_parameter_beside_the_frozen_base():
@@ -78,3 +80,67 @@ def test_labels_are_dropped_where_a_model_has_a_null_class(make_model, null):
     dropped = [label for row, label in enumerate(seen) if label != row]
     assert set(dropped) == ({null} if null else set())
     assert len(dropped) < 16
+
+
+# Guidance trained in
+
+
+def trained(guidance: Guidance, ema_decay: float | None = 0.5, steps: int = 4, state=None) -> TrainingLoop:
+    torch.manual_seed(0)
+    model = get_peft_model(make_dit(num_layers=2), DiffFitConfig())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    objective = class_conditional(model, DDPMScheduler())
+    loop = TrainingLoop(accelerator, *prepared, objective, seed=0, ema_decay=ema_decay, guidance=guidance)
+    if state is not None:
+        loop.load_state_dict(state)
+    latents = LatentDataset(torch.randn(1, 32, 4, 8, 8), torch.rand(1, 32, 4, 8, 8), torch.arange(32))
+    for _ in loop.steps(DataLoader(latents, 8)):
+        if loop.step == steps:
+            break
+    return loop
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_the_target_of_guidance_that_is_trained_in(ema_decay, monkeypatch):
+    """ε + (w - 1) (ε_average(x_t, c) - ε_base(x_t, ∅)), and plain ε where the label was dropped."""
+    w = 1.5
+    loop = trained(Guidance(w, start=0), ema_decay, steps=3)
+    seen = {}
+    monkeypatch.setattr(
+        objective_module, "diffusion_loss", lambda *args: seen.update(args=args) or args[0].mean((1, 2, 3))
+    )
+    mean, std = torch.randn(8, 1, 4, 8, 8), torch.rand(8, 1, 4, 8, 8)
+    labels, draws = torch.arange(8), draw(0, 99, mean.shape, 1000, label_dropout=0.5)
+    before = loop.trained_weights()
+    loop._backward(draws, mean, std, labels)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loop.trained_weights().items())
+    _, x_0, noise, timesteps, scheduler, _, shift = seen["args"]
+    x_t = scheduler.add_noise(x_0, noise, timesteps)
+    dropped = draws.dropped
+    assert 0 < dropped.sum() < 8
+    with torch.no_grad():
+        base = make_dit(num_layers=2)(x_t, timesteps, torch.full((8,), 1000)).sample[:, :4]
+        if ema_decay is not None:
+            sizes = [p.numel() for p in loop.parameters]
+            for p, value in zip(loop.parameters, loop.ema.shadow_params[0].split(sizes), strict=True):
+                p.data = value.view(p.shape)
+        adapted = loop._plain(x_t, timestep=timesteps, class_labels=labels).sample[:, :4]
+    expected = (w - 1) * (adapted - base)
+    torch.testing.assert_close(shift[~dropped], expected[~dropped])
+    assert not shift[dropped].any()
+
+
+def test_a_scale_of_1_trains_as_without_it():
+    weights = [trained(guidance).trained_weights() for guidance in (Guidance(), Guidance(1.0, 2), Guidance(1.5, 2))]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    assert not all(torch.equal(weights[2][name], tensor) for name, tensor in weights[0].items())
+    late = trained(Guidance(1.5, start=4)).trained_weights()
+    assert all(torch.equal(late[name], tensor) for name, tensor in weights[0].items())
+
+
+def test_guidance_goes_on_where_it_was_stopped():
+    whole = trained(Guidance(1.5, start=1)).trained_weights()
+    resumed = trained(Guidance(1.5, start=1), state=trained(Guidance(1.5, start=1), steps=2).state_dict())
+    assert all(torch.equal(resumed.trained_weights()[name], tensor) for name, tensor in whole.items())

@@ -476,6 +476,18 @@ def test_an_optimizer_that_is_not_installed_is_refused_first(script, workdir, mo
         run(script, workdir, "no_8bit", "--optimizer", "adamw_8bit", base="not there")
 
 
+def test_guidance_is_trained_in_and_known_by_the_adapter(script, workdir):
+    flags = ["--guidance_loss_scale", "1.5", "--guidance_loss_start", "0.25", "--num_validation_images", "1"]
+    flags += ["--checkpointing_steps", "2"]
+    output = run(script, workdir, "guided", *flags).output_dir
+    pipe = DiffFitDiTPipeline.from_pretrained(workdir / "base")
+    pipe.load_difffit_weights(output)
+    assert pipe.transformer.peft_config["default_0"].trained_guidance_scale == 1.5
+    assert "guidance_loss_scale" in (output / "README.md").read_text()
+    with pytest.raises(ValueError, match="guidance_loss_scale"):
+        run(script, workdir, "guided", *flags[2:], "--resume_from_checkpoint", "latest", "--max_train_steps", "6")
+
+
 # Several processes, another resolution, what is shown
 
 

@@ -29,7 +29,7 @@ from .scripts import (
 SETTINGS = [
     *("seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "optimizer", "learning_rate"),
     *("lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
-    *("snr_gamma", "max_grad_norm", "use_ema", "ema_decay"),
+    *("snr_gamma", "max_grad_norm", "use_ema", "ema_decay", "guidance_loss_scale", "guidance_loss_start"),
 ]
 PRE_TRAINING_RATE = 1e-4  # of published DiTs (Peebles & Xie 2023)
 SCHEDULES = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules of its own
@@ -112,6 +112,15 @@ def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adam_epsilon", type=non_negative_float, default=1e-8)
     group.add_argument("--snr_gamma", type=positive_float, help="min-SNR weighting of the loss; 5.0 is recommended")
     group.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="0: gradients are not clipped")
+    group.add_argument(
+        "--guidance_loss_scale",
+        type=positive_float,
+        default=1.0,
+        help="guidance by the base to train in, so that sampling takes one forward a step; 1: none",
+    )
+    group.add_argument(
+        "--guidance_loss_start", type=fraction, default=0.5, help="share of the steps that are trained without it first"
+    )
     group.add_argument("--use_ema", action=switch, default=True, help="save and show averaged weights")
     group.add_argument("--ema_decay", type=fraction, default=0.9999, help="reached slowly: a short run averages less")
 
@@ -158,7 +167,7 @@ def training_parser(
     show.add_argument(
         "--num_validation_images", type=non_negative_int, default=4, help="in each row; 0: no pictures, the loss alone"
     )
-    show.add_argument("--guidance_scale", type=float, default=4.0)
+    show.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
     show.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser, training, show

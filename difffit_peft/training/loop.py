@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .objective import Objective
+from .objective import Guidance, Objective
 from .sampling import Draws, draw, sample_latents
 
 
@@ -49,6 +49,7 @@ class TrainingLoop:
         seed: of all draws.
         max_grad_norm: gradients are clipped to this norm; 0: they are not.
         ema_decay: of the average of the weights (Diffusers' `EMAModel`, warmed up); `None`: no average.
+        guidance: to train in; the model must be a `PeftModel`, and the objective have a null label.
         compile: call the model through `torch.compile`.
 
     Attributes:
@@ -69,10 +70,11 @@ class TrainingLoop:
         seed: int,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
+        guidance: Guidance = Guidance(),  # noqa: B008 (it is frozen)
         compile: bool = False,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.lr_scheduler = accelerator, model, optimizer, lr_scheduler
-        self.objective, self.seed = objective, seed
+        self.objective, self.seed, self.guidance = objective, seed, guidance
         self.max_grad_norm = max_grad_norm or math.inf
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = None
@@ -141,7 +143,8 @@ class TrainingLoop:
         batches = tqdm(DataLoader(dataset, batch_size), desc="Validation loss", leave=False, disable=hidden)
         for batch, (mean, std, labels) in enumerate(batches):
             draws = draw(self.seed, batch, mean.shape, self.objective.noising.num_train_timesteps, device=device)
-            losses.append(self._losses(model, draws, mean.to(device), std.to(device), labels.to(device)))
+            x_0 = sample_latents(mean.to(device), std.to(device), draws.view, draws.posterior)
+            losses.append(self.objective.losses(model, draws, x_0, labels.to(device)))
         model.train(training)
         return torch.cat(losses).mean().item()
 
@@ -201,13 +204,25 @@ class TrainingLoop:
             device=self.accelerator.device,
         )
 
-    def _losses(self, model: nn.Module, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each sample, (batch,)."""
-        return self.objective.losses(model, draws, sample_latents(mean, std, draws.view, draws.posterior), labels)
+    @torch.no_grad()
+    def _shift(self, draws: Draws, x_0: Tensor, labels: Tensor) -> Tensor | None:
+        """What `Guidance` adds to the target of each sample, (batch, channels, height, width)."""
+        scale, null = self.guidance.scale, self.objective.null
+        if scale == 1 or self.step < self.guidance.start:
+            return None
+        x_t, timesteps = self.objective.noising.add_noise(x_0, draws.noise, draws.timesteps)
+        with self.averaged_weights():
+            average = self.objective.predict(self._plain, x_t, timesteps, labels)
+        with self._plain.disable_adapter():
+            base = self.objective.predict(self._plain, x_t, timesteps, torch.full_like(labels, null))
+        shift = (scale - 1) * (average.float() - base.float())[:, : x_0.shape[1]]  # not of a learned variance
+        return shift * (labels != null).view(-1, *[1] * (shift.dim() - 1))
 
     def _backward(self, draws: Draws, mean: Tensor, std: Tensor, labels: Tensor) -> float:
         """Adds the gradients of one batch; its loss over all processes."""
-        loss = self._losses(self._forward, draws, mean, std, self.objective.drop(draws, labels)).mean()
+        x_0, labels = sample_latents(mean, std, draws.view, draws.posterior), self.objective.drop(draws, labels)
+        shift = self._shift(draws, x_0, labels)
+        loss = self.objective.losses(self._forward, draws, x_0, labels, shift).mean()
         # the loss, and whether a process was asked to stop: all must know, to stop together
         told = torch.tensor([loss.detach(), float(self._stop_asked)], device=self.accelerator.device)
         everyones, stop = self.accelerator.reduce(told, reduction="mean").tolist()

@@ -46,6 +46,7 @@ def diffusion_loss(
     timesteps: Tensor,
     scheduler: SchedulerMixin,
     snr_gamma: float | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The training loss of every sample.
 
@@ -59,6 +60,7 @@ def diffusion_loss(
             "v_prediction").
         snr_gamma: weight samples by min(SNR, snr_gamma) / SNR (for v-prediction / (SNR + 1)): Hang et al. 2023,
             arXiv 2303.09556, where 5 is recommended. `None`: no weighting.
+        shift: added to what the prediction is compared with, see `objective.Guidance`.
 
     Returns:
         Shape (batch,), float32: the MSE of the prediction plus, with learned variance, the VLB term in bits per
@@ -78,6 +80,7 @@ def diffusion_loss(
     model_output, x_0, noise = model_output.float(), x_0.float(), noise.float()
     prediction = model_output[:, :channels]
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, timesteps)
+    target = target if shift is None else target + shift
     loss = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
     if model_output.shape[1] == 2 * channels:
         x_t = scheduler.add_noise(x_0, noise, timesteps)

@@ -35,9 +35,9 @@ class Diffusion:
         """Noisy latents, and the timesteps as the model takes them."""
         return self.scheduler.add_noise(x_0, noise, steps), steps
 
-    def losses(self, output: Tensor, x_0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """The loss of each sample, (batch,)."""
-        return diffusion_loss(output, x_0, noise, steps, self.scheduler, self.snr_gamma)
+    def losses(self, output: Tensor, x_0: Tensor, noise: Tensor, steps: Tensor, shift: Tensor | None = None) -> Tensor:
+        """The loss of each sample, (batch,); `shift` is added to its target."""
+        return diffusion_loss(output, x_0, noise, steps, self.scheduler, self.snr_gamma, shift)
 
 
 WEIGHTING_SCHEMES = ("logit_normal", "none")
@@ -68,9 +68,10 @@ class FlowMatching:
         sigmas = self.sigmas.to(x_0.device)[steps].view(-1, *[1] * (x_0.dim() - 1))
         return (1 - sigmas) * x_0 + sigmas * noise, self.timesteps.to(x_0.device)[steps]
 
-    def losses(self, output: Tensor, x_0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """The loss of each sample, (batch,)."""
-        return (output.float() - (noise - x_0)).square().flatten(1).mean(1)
+    def losses(self, output: Tensor, x_0: Tensor, noise: Tensor, steps: Tensor, shift: Tensor | None = None) -> Tensor:
+        """The loss of each sample, (batch,); `shift` is added to its target."""
+        target = noise - x_0 if shift is None else noise - x_0 + shift
+        return (output.float() - target).square().flatten(1).mean(1)
 
 
 def _sigmoid(x: float) -> float:
@@ -107,6 +108,23 @@ def noising(
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """Guidance by the base, trained in, so that sampling takes one forward a step (DogFit, arXiv 2508.05685).
+
+    The target ε becomes ε + (w - 1) (ε_average(x_t, c) - ε_base(x_t, ∅)), for samples whose label is not dropped. The
+    average is that of the weights, where there is one; the base is the model with its adapters disabled. What predicts
+    v or a velocity is shifted the same way. The term of a learned variance stays as it is.
+
+    Attributes:
+        scale: w; 1: no guidance.
+        start: the step from which on it is trained.
+    """
+
+    scale: float = 1.0
+    start: int = 0
+
+
+@dataclass(frozen=True)
 class Objective:
     """What `TrainingLoop` minimises.
 
@@ -122,11 +140,13 @@ class Objective:
     null: int | None = None
     dropout: float = 0.1
 
-    def losses(self, model: nn.Module, draws: Draws, x_0: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each sample, (batch,)."""
+    def losses(
+        self, model: nn.Module, draws: Draws, x_0: Tensor, labels: Tensor, shift: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each sample, (batch,); `shift` is added to its target."""
         x_t, timesteps = self.noising.add_noise(x_0, draws.noise, draws.timesteps)
         output = self.predict(model, x_t, timesteps, labels)
-        return self.noising.losses(output, x_0, draws.noise, draws.timesteps)
+        return self.noising.losses(output, x_0, draws.noise, draws.timesteps, shift)
 
     def drop(self, draws: Draws, labels: Tensor) -> Tensor:
         """The labels, some of them dropped."""

@@ -33,7 +33,7 @@ from ..publishing import base_parameters, push_adapter, save_adapter
 from .arguments import PRE_TRAINING_RATE, SETTINGS
 from .checkpoint import checkpoints, load_checkpoint, remove_later, save_checkpoint
 from .loop import Diverged, TrainingLoop
-from .objective import Objective
+from .objective import Guidance, Objective
 from .prepare import (
     check_installed,
     check_output_dir,
@@ -151,13 +151,15 @@ def build(args: argparse.Namespace, accelerator: Accelerator, task: Task) -> Run
         seed=args.seed,
         max_grad_norm=args.max_grad_norm,
         ema_decay=args.ema_decay if args.use_ema else None,
+        guidance=Guidance(args.guidance_loss_scale, round(args.guidance_loss_start * total_steps)),
         compile=args.torch_compile,
     )
     config = model.peft_config["default"]
+    depends_on_total = args.lr_scheduler not in ("constant", "constant_with_warmup") or args.guidance_loss_scale != 1
     identity = task.identity | {
         "gamma_modules": config.gamma_modules,  # written out by now
         "gamma_layers": config.gamma_layers,
-        "total_steps": total_steps if args.lr_scheduler not in ("constant", "constant_with_warmup") else "any",
+        "total_steps": total_steps if depends_on_total else "any",
     }
     return Run(args, accelerator, task, loop, loader, *counts, total_steps, samples_per_step, identity)
 

@@ -78,7 +78,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
     def __call__(
         self,
         class_labels: list[int | str] | int | str,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         *args: Any,
         guidance: str = "class",
         adapter_names: list[Entry] | None = None,
@@ -89,10 +89,11 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         With w the `guidance_scale`, c the class and ∅ the null class, the noise is ε(∅) + w (ε(c) - ε(∅)).
         `guidance="class"` is the usual one: both ε are of the adapted model. `guidance="domain"` takes ε(∅) from the
         base: Domain Guidance (Zhong et al., ICLR 2025, arXiv 2504.01521). Where w is at most 1 there is no guidance:
-        the noise is the adapted model's ε(c).
+        the noise is the adapted model's ε(c), and a step takes one forward.
 
         Args:
             class_labels: by index, the null class among them, or by name, as to `get_label_ids`.
+            guidance_scale: w; `None`: 4, or 1 for adapters that have guidance trained in.
             guidance: "class" or "domain".
             adapter_names: for each image the name of an adapter, a tuple of several that compose, or "__base__", with
                 names of classes as they are there; `None`: the active ones for all.
@@ -118,6 +119,8 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         entries = self._entries(adapter_names, len(given), guidance)
         names = [self.id2label if adapter_names is None else self._names_under(entry) for entry in entries]
         labels = [class_indices([label], own, null + 1)[0] for label, own in zip(given, names, strict=True)]
+        if guidance_scale is None:
+            guidance_scale = 1.0 if all(self._is_guided(entry) for entry in entries) else 4.0
         by_base = guidance == "domain" and guidance_scale > 1
         unguided: list[Entry] = ["__base__"] * len(entries) if by_base else entries
         mixed = self._adapted() is not None and (by_base or adapter_names is not None)
@@ -149,6 +152,11 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             if name not in loaded:
                 raise ValueError(f"There is no adapter {name!r}: the pipeline has {loaded}.{nearest(name, loaded)}")
         return list(adapter_names)
+
+    def _is_guided(self, entry: Entry) -> bool:
+        """Whether all adapters of an image have guidance trained in."""
+        configs = [self.transformer.peft_config[name] for name in names_in(entry) if name != "__base__"]
+        return bool(configs) and all(getattr(config, "trained_guidance_scale", None) for config in configs)
 
     def _names_under(self, entry: Entry) -> dict[int, str]:
         """Names of the classes under the adapters of one image."""
