@@ -426,7 +426,7 @@ def test_folders_have_no_revisions_and_may_have_subfolders(folder, pipe, places,
 def test_a_pipeline_is_not_an_adapter(folder, pipe, places):
     for loader in ("load", "hotswap", "config"):
         pipe.load_difffit_weights(folder / "fox", "fox")
-        with pytest.raises(ValueError, match="is a pipeline, not an adapter: load it with .* in it: adapters/fox.$"):
+        with pytest.raises(ValueError, match="is a pipeline, not an adapter: load it with .* in it: 'adapters/fox'.$"):
             LOADERS[loader](pipe, places / "pipeline")
         pipe.unload_difffit_weights()
     pipe.load_difffit_weights(places / "pipeline" / "adapters" / "fox")

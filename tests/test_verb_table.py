@@ -71,7 +71,11 @@ def rows(verbs: dict) -> list[tuple[str, str]]:
 
 def cell(verb: str, state: str) -> str:
     """What the docs say."""
-    (row,) = re.findall(rf"^\| `{re.escape(verb)}` \|(.*)\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    (row,) = re.findall(
+        rf"^\| `{re.escape(verb)}` \|(.*)\|$",
+        DOCS.read_text(encoding="utf-8").partition("## What verbs do with names")[2],
+        re.MULTILINE,
+    )
     return row.split(" | ")[STATES.index(state)].strip()
 
 
