@@ -15,7 +15,8 @@ import difffit_peft
 from difffit_peft import DiffFitConfig
 from difffit_peft.families import FAMILIES, family_of, lists_of_blocks
 from difffit_peft.families.family import Family
-from difffit_peft.layer import DiffFitLayer, is_norm
+from difffit_peft.layer import DiffFitLayer
+from difffit_peft.norms import is_norm
 
 PACKAGE = Path(difffit_peft.__file__).parent
 OF_DIT = (
