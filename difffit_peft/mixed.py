@@ -17,7 +17,7 @@ from torch import nn
 from .attach import prepare
 from .config import DiffFitConfig
 from .families import family_of
-from .merging import merge_layers, names_to_merge
+from .merging import merge_layers, names_to_merge, owners_of_parameters
 from .model import DiffFitModel
 
 
@@ -32,6 +32,7 @@ class DiffFitMixedModel(MixedModel):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if isinstance(peft_config, DiffFitConfig):
             self._planned = prepare(peft_config, self.model, self.peft_config)
+            self._owners = owners_of_parameters(self.model)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         if isinstance(peft_config, DiffFitConfig):

@@ -174,6 +174,8 @@ def stable_diffusion() -> DiffusionPipeline:
 
 
 PIPELINES = {"PixArt": pixart, "SD3": stable_diffusion_3, "FLUX.2": flux2, "SD1.5": stable_diffusion}
+if not hasattr(diffusers, "Flux2KleinPipeline"):  # before Diffusers 0.37
+    del PIPELINES["FLUX.2"]
 
 
 def make_text_pipeline(family: str) -> DiffusionPipeline:
