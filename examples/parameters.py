@@ -1,39 +1,37 @@
-"""Counts what DiffFit trains in a DiT-XL/2 (675 M parameters), without downloading it.
+"""Says what DiffFit trains in a model of Diffusers, and what it leaves out and why, without its weights.
 
-python examples/parameters.py --num_classes 101
+python examples/parameters.py --num_classes 101          # DiT-XL/2
+python examples/parameters.py --config transformer/config.json
 """
 
 import argparse
-from collections import Counter
+import json
+from pathlib import Path
 
-import torch
-from difffit_peft import DiffFitConfig
-from difffit_peft.publishing import base_parameters
+from difffit_peft import DiffFitConfig, explain
 from difffit_peft.training.scripts import positive_int, run_script
-from diffusers import DiTTransformer2DModel
-from peft import get_peft_model, get_peft_model_state_dict
+
+XL_2 = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "num_embeds_ada_norm": 1000,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_classes", type=positive_int, default=101, help="classes of the new domain")
+    parser.add_argument("--config", type=Path, help="the config.json of a model; default: that of DiT-XL/2")
+    parser.add_argument("--num_classes", type=positive_int, default=101, help="of the new domain, for DiT-XL/2")
     args = parser.parse_args()
 
-    with torch.device("meta"):  # shapes without values
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=28, num_embeds_ada_norm=1000
-        )
-    model = get_peft_model(transformer, DiffFitConfig(num_classes=args.num_classes))
-    counts: Counter[str] = Counter()
-    for name, parameter in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        kind = "class rows" if "embedding_table" in name else "scale factors γ" if "gamma" in name else "biases δ"
-        counts[kind] += parameter.numel()
-    total, base = sum(counts.values()), base_parameters(model)  # the paper's model has one embedder too
-
-    print("| trained | parameters | share |\n| --- | ---: | ---: |")
-    for kind, count in counts.items():
-        print(f"| {kind} | {count:,} | {count / base:.3%} |")
-    print(f"| **all** | **{total:,}** | **{total / base:.3%}** of {base:,} |\n\n{4 * total:,} bytes in float32")
+    classes = None if args.config else args.num_classes
+    found = explain(json.loads(args.config.read_text()) if args.config else XL_2, DiffFitConfig(num_classes=classes))
+    total, base = found.trained_parameters, found.total
+    print(f"{found}\n\n{4 * total:,} bytes in float32")
 
     # docs/scaling.md. Full fine-tuning in mixed precision keeps float32 weights, as autocast does.
     print("\n| on each device, MB | DiffFit | full fine-tuning |\n| --- | ---: | ---: |")
