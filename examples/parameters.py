@@ -6,10 +6,12 @@ python examples/parameters.py --config transformer/config.json
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from difffit_peft import DiffFitConfig, explain
 from difffit_peft.training.scripts import positive_int, run_script
+from tqdm import tqdm
 
 XL_2 = {
     "_class_name": "DiTTransformer2DModel",
@@ -22,11 +24,76 @@ XL_2 = {
 }
 
 
+# What the classes of Diffusers are without arguments, but where a published model differs from that.
+FAMILIES = {
+    "DiT-XL/2": XL_2,
+    "PixArt-α": {"_class_name": "PixArtTransformer2DModel"},
+    "SD3-medium": {
+        "_class_name": "SD3Transformer2DModel",
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 192,
+    },
+    "Flux.1": {"_class_name": "FluxTransformer2DModel"},
+    "Flux.2": {"_class_name": "Flux2Transformer2DModel"},
+    "Chroma": {"_class_name": "ChromaTransformer2DModel"},
+    "Sana": {"_class_name": "SanaTransformer2DModel"},
+    "Qwen-Image": {"_class_name": "QwenImageTransformer2DModel"},
+    "Z-Image": {"_class_name": "ZImageTransformer2DModel"},
+    "Lumina2": {"_class_name": "Lumina2Transformer2DModel"},
+    "HunyuanDiT": {
+        "_class_name": "HunyuanDiT2DModel",
+        "in_channels": 4,
+        "sample_size": 128,
+        "patch_size": 2,
+        "hidden_size": 1408,
+        "mlp_ratio": 4.3637,
+    },
+    "AuraFlow": {"_class_name": "AuraFlowTransformer2DModel"},
+    "CogView4": {"_class_name": "CogView4Transformer2DModel"},
+    "Wan": {"_class_name": "WanTransformer3DModel"},
+    "LTX": {"_class_name": "LTXVideoTransformer3DModel"},
+    "SD1.5": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
+}
+
+
+def families() -> str:
+    """`docs/families.md`: what is trained in a model of each family, as `explain` counts it."""
+    kinds = ["scale factors γ", "biases δ", "norms' weights γ", "norms' biases δ", "class rows"]
+    lines = [
+        "# What is trained in each family",
+        "",
+        "`python examples/parameters.py --families` makes this page, by `difffit_peft.explain(config)`, without",
+        "weights.",
+        "The configs are the defaults of the classes of Diffusers, which are a published model's but where the script",
+        "gives others. At tiny size the tests try each: identity, gradients, merge, unload, save and load",
+        "(`tests/test_families.py`).",
+        "",
+        f"| | class | parameters | trained | share | {' | '.join(kinds)} |",
+        "| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(kinds),
+    ]
+    for name, config in tqdm(FAMILIES.items(), desc="Families"):
+        found = explain(config)
+        counts = Counter[str]()
+        for row in found.trained:
+            counts[row.kind] += row.parameters
+        assert {*counts} <= {*kinds}, counts
+        trained, total = found.trained_parameters, found.total
+        cells = " | ".join(f"{counts[kind]:,}" for kind in kinds)
+        lines.append(f"| {name} | `{found.model}` | {total:,} | {trained:,} | {trained / total:.3%} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="the config.json of a model; default: that of DiT-XL/2")
     parser.add_argument("--num_classes", type=positive_int, default=101, help="of the new domain, for DiT-XL/2")
+    parser.add_argument("--families", action="store_true", help="a table over the families of models")
     args = parser.parse_args()
+    if args.families:
+        print(families())
+        return
 
     classes = None if args.config else args.num_classes
     found = explain(json.loads(args.config.read_text()) if args.config else XL_2, DiffFitConfig(num_classes=classes))
