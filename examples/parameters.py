@@ -42,7 +42,7 @@ FAMILIES = {
     "Qwen-Image": {"_class_name": "QwenImageTransformer2DModel"},
     "Z-Image": {"_class_name": "ZImageTransformer2DModel"},
     "Lumina2": {"_class_name": "Lumina2Transformer2DModel"},
-    "HunyuanDiT": {
+    "HunyuanDiT, no published size": {
         "_class_name": "HunyuanDiT2DModel",
         "in_channels": 4,
         "sample_size": 128,
@@ -51,7 +51,7 @@ FAMILIES = {
         "mlp_ratio": 4.3637,
     },
     "AuraFlow": {"_class_name": "AuraFlowTransformer2DModel"},
-    "CogView4": {"_class_name": "CogView4Transformer2DModel"},
+    "CogView4, no published size": {"_class_name": "CogView4Transformer2DModel"},
     "Wan": {"_class_name": "WanTransformer3DModel"},
     "LTX": {"_class_name": "LTXVideoTransformer3DModel"},
     "SD1.5": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
@@ -67,8 +67,8 @@ def families() -> str:
         "`python examples/parameters.py --families` makes this page, by `difffit_peft.explain(config)`, without",
         "weights.",
         "The configs are the defaults of the classes of Diffusers, which are a published model's but where the script",
-        "gives others. At tiny size the tests try each: identity, gradients, merge, unload, save and load",
-        "(`tests/test_families.py`).",
+        "gives others, or the row says so. At tiny size the tests try each: identity, gradients, merge, unload, save",
+        "and load (`tests/test_families.py`).",
         "",
         f"| | class | parameters | trained | share | {' | '.join(kinds)} |",
         "| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(kinds),
