@@ -4,6 +4,7 @@ from . import log_filters  # noqa: F401 (before PEFT)
 
 from .plugin import register as _register  # isort: skip (checks PEFT's version first)
 from .config import DiffFitConfig
+from .explanation import Explanation, explain
 from .families.dit.pipeline import DiffFitDiTPipeline
 from .hotswap import hotswap_adapter
 from .layer import DiffFitLayer
@@ -20,6 +21,8 @@ __all__ = [
     "DiffFitLayer",
     "DiffFitLoaderMixin",
     "DiffFitModel",
+    "Explanation",
+    "explain",
     "hotswap_adapter",
 ]
 __version__ = "0.1.0"

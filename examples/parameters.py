@@ -1,39 +1,104 @@
-"""Counts what DiffFit trains in a DiT-XL/2 (675 M parameters), without downloading it.
+"""Says what DiffFit trains in a model of Diffusers, and what it leaves out and why, without its weights.
 
-python examples/parameters.py --num_classes 101
+python examples/parameters.py --num_classes 101          # DiT-XL/2
+python examples/parameters.py --config transformer/config.json
 """
 
 import argparse
+import json
 from collections import Counter
+from pathlib import Path
 
-import torch
-from difffit_peft import DiffFitConfig
-from difffit_peft.publishing import base_parameters
+from difffit_peft import DiffFitConfig, explain
 from difffit_peft.training.scripts import positive_int, run_script
-from diffusers import DiTTransformer2DModel
-from peft import get_peft_model, get_peft_model_state_dict
+from tqdm import tqdm
+
+XL_2 = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "num_embeds_ada_norm": 1000,
+}
+
+
+# What the classes of Diffusers are without arguments, but where a published model differs from that.
+FAMILIES = {
+    "DiT-XL/2": XL_2,
+    "PixArt-α": {"_class_name": "PixArtTransformer2DModel"},
+    "SD3-medium": {
+        "_class_name": "SD3Transformer2DModel",
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 192,
+    },
+    "Flux.1": {"_class_name": "FluxTransformer2DModel"},
+    "Flux.2": {"_class_name": "Flux2Transformer2DModel"},
+    "Chroma": {"_class_name": "ChromaTransformer2DModel"},
+    "Sana": {"_class_name": "SanaTransformer2DModel"},
+    "Qwen-Image": {"_class_name": "QwenImageTransformer2DModel"},
+    "Z-Image": {"_class_name": "ZImageTransformer2DModel"},
+    "Lumina2": {"_class_name": "Lumina2Transformer2DModel"},
+    "HunyuanDiT, no published size": {
+        "_class_name": "HunyuanDiT2DModel",
+        "in_channels": 4,
+        "sample_size": 128,
+        "patch_size": 2,
+        "hidden_size": 1408,
+        "mlp_ratio": 4.3637,
+    },
+    "AuraFlow": {"_class_name": "AuraFlowTransformer2DModel"},
+    "CogView4, no published size": {"_class_name": "CogView4Transformer2DModel"},
+    "Wan": {"_class_name": "WanTransformer3DModel"},
+    "LTX": {"_class_name": "LTXVideoTransformer3DModel"},
+    "SD1.5": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
+}
+
+
+def families() -> str:
+    """`docs/families.md`: what is trained in a model of each family, as `explain` counts it."""
+    kinds = ["scale factors γ", "biases δ", "norms' weights γ", "norms' biases δ", "class rows"]
+    lines = [
+        "# What is trained in each family",
+        "",
+        "`python examples/parameters.py --families` makes this page, by `difffit_peft.explain(config)`, without",
+        "weights.",
+        "The configs are the defaults of the classes of Diffusers, which are a published model's but where the script",
+        "gives others, or the row says so. At tiny size the tests try each: identity, gradients, merge, unload, save",
+        "and load (`tests/test_families.py`).",
+        "",
+        f"| | class | parameters | trained | share | {' | '.join(kinds)} |",
+        "| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(kinds),
+    ]
+    for name, config in tqdm(FAMILIES.items(), desc="Families"):
+        found = explain(config)
+        counts = Counter[str]()
+        for row in found.trained:
+            counts[row.kind] += row.parameters
+        assert {*counts} <= {*kinds}, counts
+        trained, total = found.trained_parameters, found.total
+        cells = " | ".join(f"{counts[kind]:,}" for kind in kinds)
+        lines.append(f"| {name} | `{found.model}` | {total:,} | {trained:,} | {trained / total:.3%} | {cells} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_classes", type=positive_int, default=101, help="classes of the new domain")
+    parser.add_argument("--config", type=Path, help="the config.json of a model; default: that of DiT-XL/2")
+    parser.add_argument("--num_classes", type=positive_int, default=101, help="of the new domain, for DiT-XL/2")
+    parser.add_argument("--families", action="store_true", help="a table over the families of models")
     args = parser.parse_args()
+    if args.families:
+        print(families())
+        return
 
-    with torch.device("meta"):  # shapes without values
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=28, num_embeds_ada_norm=1000
-        )
-    model = get_peft_model(transformer, DiffFitConfig(num_classes=args.num_classes))
-    counts: Counter[str] = Counter()
-    for name, parameter in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        kind = "class rows" if "embedding_table" in name else "scale factors γ" if "gamma" in name else "biases δ"
-        counts[kind] += parameter.numel()
-    total, base = sum(counts.values()), base_parameters(model)  # the paper's model has one embedder too
-
-    print("| trained | parameters | share |\n| --- | ---: | ---: |")
-    for kind, count in counts.items():
-        print(f"| {kind} | {count:,} | {count / base:.3%} |")
-    print(f"| **all** | **{total:,}** | **{total / base:.3%}** of {base:,} |\n\n{4 * total:,} bytes in float32")
+    classes = None if args.config else args.num_classes
+    found = explain(json.loads(args.config.read_text()) if args.config else XL_2, DiffFitConfig(num_classes=classes))
+    total, base = found.trained_parameters, found.total
+    print(f"{found}\n\n{4 * total:,} bytes in float32")
 
     # docs/scaling.md. Full fine-tuning in mixed precision keeps float32 weights, as autocast does.
     print("\n| on each device, MB | DiffFit | full fine-tuning |\n| --- | ---: | ---: |")

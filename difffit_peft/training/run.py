@@ -28,6 +28,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
+from ..explanation import explain
 from ..files import write
 from ..publishing import base_parameters, push_adapter, save_adapter
 from .arguments import PRE_TRAINING_RATE, SETTINGS
@@ -168,7 +169,7 @@ def describe(run: Run) -> str:
     """What the run is about to do, in words."""
     args, task = run.args, run.task
     return (
-        f"{task.about}\n"
+        f"{task.about}\n\n{explain(task.model).table()}\n\n"
         f"Training {run.trained_parameters:,} parameters, {run.trained_parameters / run.base_parameters:.3%} of the "
         f"base's {run.base_parameters:,}, in {args.mixed_precision.replace('no', 'fp32')}: {run.total_steps} steps of "
         f"{run.samples_per_step} images\n"
