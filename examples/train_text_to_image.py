@@ -91,7 +91,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
     family.drop_text_encoders()
     null = len(captions)
     common = {"num_inference_steps": args.num_inference_steps}
-    call = partial(family.call, count=args.num_validation_images, resolution=resolution, guidance=args.guidance_scale)
+    guidance = args.guidance_scale or (4.0 if args.guidance_loss_scale == 1 else 1.0)
+    call = partial(family.call, count=args.num_validation_images, resolution=resolution, guidance=guidance)
     return Task(
         model=model,
         objective=family.objective(target, prompts, null, dropout),

@@ -140,6 +140,16 @@ def test_a_scale_of_1_trains_as_without_it():
     assert all(torch.equal(late[name], tensor) for name, tensor in weights[0].items())
 
 
+def test_guidance_needs_a_null_label():
+    model = make_unet()
+    optimizer = torch.optim.AdamW(model.parameters())
+    parts = (model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    with pytest.raises(ValueError, match="Guidance of scale 1.5 cannot be trained in: the model has no null label"):
+        TrainingLoop(
+            Accelerator(cpu=True), *parts, class_conditional(model, DDPMScheduler()), seed=0, guidance=Guidance(1.5)
+        )
+
+
 def test_guidance_goes_on_where_it_was_stopped():
     whole = trained(Guidance(1.5, start=1)).trained_weights()
     resumed = trained(Guidance(1.5, start=1), state=trained(Guidance(1.5, start=1), steps=2).state_dict())

@@ -74,6 +74,8 @@ class TrainingLoop:
         compile: bool = False,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.lr_scheduler = accelerator, model, optimizer, lr_scheduler
+        if guidance.scale != 1 and objective.null is None:
+            raise ValueError(f"Guidance of scale {guidance.scale} cannot be trained in: the model has no null label.")
         self.objective, self.seed, self.guidance = objective, seed, guidance
         self.max_grad_norm = max_grad_norm or math.inf
         self.parameters = [p for p in model.parameters() if p.requires_grad]
