@@ -16,7 +16,7 @@ from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
 from .layer import DiffFitLayer
 from .norms import is_norm
-from .parameters import BareParameter, DiffFitParameter, attach_parameters
+from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 
@@ -48,6 +48,12 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     for name, value in facts.items():
         setattr(config, name, value)
     return planned
+
+
+def restore(model: nn.Module, merged: bool) -> None:
+    """Undoes `prepare` when the adapters are gone or, if `merged`, are part of the weights."""
+    detach_parameters(model.modules())
+    family_of(model).restore(model, merged=merged)
 
 
 def layer_class(layer: nn.Module) -> type[DiffFitLayer]:

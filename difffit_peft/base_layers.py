@@ -24,6 +24,14 @@ def is_plain_linear(layer: nn.Module) -> bool:
     )
 
 
+def is_placed_by_peft(module: nn.Module) -> bool:
+    """Whether PEFT can put `module` where an adapter's layer was or is to be.
+
+    It sets `weight` on what is not an adapter's layer (peft 0.21), which others call otherwise, or do not have.
+    """
+    return hasattr(module, "base_layer") or "weight" in module._parameters
+
+
 def value_shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of γ and δ."""
     norm = norm_of(layer)

@@ -16,8 +16,8 @@ from .base_layers import CONVOLUTIONS, features, is_plain_linear, value_shape
 from .config import DiffFitConfig
 from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .row_scales import is_quantised, row_scales, scaled
-from .scale_function import Scale
 from .scales import Scales
+from .times_gamma import TimesGamma
 
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
@@ -144,7 +144,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         if gamma is not None:
             gamma = self._broadcast(gamma.to(y.dtype), y)
             if gamma.requires_grad and not torch.compiler.is_compiling():  # a compiler chooses itself what to keep
-                return Scale.apply(y, gamma)
+                return TimesGamma.apply(y, gamma)
             return y.mul_(gamma) if plain else y * gamma  # in place where y is nobody else's
         return y
 

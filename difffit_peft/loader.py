@@ -193,7 +193,7 @@ class DiffFitLoaderMixin:
 
         Raises:
             ValueError: for an unknown adapter; while adapters are disabled; with `safe_fusing`, if that gives values
-                that are not finite; always, if the base is quantised. Nothing is then changed.
+                that are not finite; if the base is quantised so that they do not fit in. Nothing is then changed.
         """
         model = self._model()
         active = self.get_active_adapters()

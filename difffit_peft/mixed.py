@@ -14,9 +14,9 @@ from peft.tuners.mixed.model import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attach import prepare
+from .attach import prepare, restore
+from .base_layers import is_placed_by_peft
 from .config import DiffFitConfig
-from .families import family_of
 from .merging import merge_layers, names_to_merge, owners_of_parameters
 from .model import DiffFitModel
 
@@ -45,6 +45,12 @@ class DiffFitMixedModel(MixedModel):
             DiffFitModel._create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if is_placed_by_peft(new_module):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     @staticmethod
     def _key(key: str) -> str:
@@ -82,5 +88,5 @@ class DiffFitMixedModel(MixedModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        family_of(model).restore(model, merged=merge)
+        restore(model, merged=merge)
         return model

@@ -14,14 +14,15 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .attach import check_weight_names, layer_class, named_layers, prepare
+from .attach import check_weight_names, layer_class, named_layers, prepare, restore
+from .base_layers import is_placed_by_peft
 from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
 from .families import family_of
 from .layer import DiffFitLayer, names_in
 from .merging import check_names, merge_layers, names_to_merge, owners_of_parameters, tied_parameters
-from .parameters import check_one_for_all_samples, detach_parameters
+from .parameters import check_one_for_all_samples
 from .publishing import base_model_id
 from .targets import exactly, matching
 
@@ -93,9 +94,9 @@ class DiffFitModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if hasattr(new_module, "base_layer") or "weight" in new_module._parameters:
+        if is_placed_by_peft(new_module):
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # it calls its weight otherwise, which peft 0.21 would set
+        else:
             setattr(parent, child_name, new_module)
 
     @classmethod
@@ -291,8 +292,7 @@ class DiffFitModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        detach_parameters(model.modules())
-        family_of(model).restore(model, merged=merge)
+        restore(model, merged=merge)
         if names is not None:
             keep_names(model, names)
         return model

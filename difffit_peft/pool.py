@@ -23,6 +23,7 @@ class AdapterPool:
 
     An adapter is loaded when it is first asked for. When there is no room, it takes the place of the one that was asked
     for the longest time ago: its values, where the two have the same layers, so that nothing else of the model changes.
+    Where they have not, it is loaded before the other one goes.
     A batch may name an adapter for each image. Calls from several threads are done one after the other, and give what
     single ones give.
 
@@ -82,8 +83,9 @@ class AdapterPool:
         if len(wanted) > self.max_adapters:
             raise ValueError(f"The batch names {len(wanted)} adapters, and max_adapters is {self.max_adapters}.")
         with self._one_at_a_time:
-            for name in [*wanted.keys() & self._slots.keys()]:  # what is here already must not make room
-                self._slots.move_to_end(name)
+            for name in wanted:  # what is here already must not make room
+                if name in self._slots:
+                    self._slots.move_to_end(name)
             for name in wanted:
                 if name not in self._slots:
                     self._load(name)
@@ -91,16 +93,21 @@ class AdapterPool:
             return self.pipe(class_labels, adapter_names=entries, **kwargs)
 
     def _load(self, name: str) -> None:
-        if len(self._slots) < self.max_adapters:
-            slot = next(s for i in range(self.max_adapters) if (s := f"slot_{i}") not in self._slots.values())
-            self.pipe.load_difffit_weights(self.places[name], slot)
-        else:
-            oldest, slot = next(iter(self._slots.items()))
-            try:
-                self.pipe.load_difffit_weights(self.places[name], slot, hotswap=True)
-                del self._slots[oldest]
-            except ValueError:  # of other layers, or broken, which loading it says
-                self.pipe.delete_adapters(slot)
-                del self._slots[oldest]
-                self.pipe.load_difffit_weights(self.places[name], slot)
-        self._slots[name] = slot
+        place = self.places[name]
+        oldest = next(iter(self._slots)) if len(self._slots) == self.max_adapters else None
+        if oldest is not None and self._takes_the_place(place, self._slots[oldest]):
+            self._slots[name] = self._slots.pop(oldest)
+            return
+        free = next(slot for i in range(self.max_adapters + 1) if (slot := f"slot_{i}") not in self._slots.values())
+        self.pipe.load_difffit_weights(place, free)  # first, so that one that is broken takes nobody's place
+        if oldest is not None:
+            self.pipe.delete_adapters(self._slots.pop(oldest))
+        self._slots[name] = free
+
+    def _takes_the_place(self, place: str, slot: str) -> bool:
+        """Puts an adapter's values in the place of another's; `False` if it has other layers, or is broken."""
+        try:
+            self.pipe.load_difffit_weights(place, slot, hotswap=True)
+        except ValueError:
+            return False
+        return True

@@ -33,6 +33,7 @@ from difffit_peft.reading import adapter_folder
 from difffit_peft.training.arguments import (
     add_base_arguments,
     add_image_arguments,
+    add_sampling_arguments,
     latent_factor,
     load_base,
     load_images,
@@ -74,14 +75,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling and comparison")
     sampling.add_argument("--num_images", type=positive_int, default=5000)
     sampling.add_argument("--batch_size", type=positive_int, default=32, help="per process")
-    sampling.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
+    add_sampling_arguments(sampling)
     sampling.add_argument(
         "--guidance",
         choices=["class", "domain"],
         default="class",
         help="null class of the adapted model, or of the base",
     )
-    sampling.add_argument("--num_inference_steps", type=positive_int, default=50)
     sampling.add_argument("--seed", type=non_negative_int, default=0)
     sampling.add_argument(
         "--features",
@@ -351,6 +351,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     data = load_images(args, accelerator, pipe)
     if args.adapter:
         pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter_folder(args.adapter))
+    if args.guidance_scale is None:
+        args.guidance_scale = pipe.default_guidance_scale
     resolution = pipe.transformer.config.sample_size * latent_factor(pipe)
     trained_on = next((c.background for c in active_configs(pipe) if getattr(c, "background", None)), "white")
     background = args.background or trained_on

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.files import write
+from difffit_peft.training.arguments import add_sampling_arguments
 from difffit_peft.training.scripts import base_dtype, launched_precision, positive_int, run_script
 from difffit_peft.training.visualize import label_rows, sample_grid
 
@@ -28,14 +29,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter_weights", nargs="*", type=float, help="a scale for each; default: 1")
     parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
     parser.add_argument("--num_images", type=positive_int, default=4, help="per class")
-    parser.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--guidance",
         choices=["class", "domain"],
         default="class",
         help="null class of the adapted model, or of the base",
     )
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], default=launched_precision("no"), help="of the base too"

@@ -80,7 +80,6 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
         r=args.r,
         sample_size=resolution // latent_factor(pipe),
         background=args.background,
-        trained_guidance_scale=None if args.guidance_loss_scale == 1 else args.guidance_loss_scale,
     )
     pipe.transformer = attach(pipe.transformer, config, args)
     train, held_out, identity = encode_images(args, accelerator, pipe.vae, images, resolution, identity)

@@ -91,7 +91,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
     family.drop_text_encoders()
     null = len(captions)
     common = {"num_inference_steps": args.num_inference_steps}
-    guidance = args.guidance_scale or (4.0 if args.guidance_loss_scale == 1 else 1.0)
+    guidance = args.guidance_scale
+    if guidance is None:
+        guidance = 4.0 if args.guidance_loss_scale == 1 else 1.0
     call = partial(family.call, count=args.num_validation_images, resolution=resolution, guidance=guidance)
     return Task(
         model=model,

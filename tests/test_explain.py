@@ -1,6 +1,9 @@
 """`explain`: its counts are those of what is trained, and it says what is left out and why."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from conftest import make_dit
 from peft import get_peft_model
 from tiny import TINY
@@ -41,14 +44,21 @@ def test_the_published_size_costs_no_memory():
     assert [row.place for row in gammas] == ["transformer_blocks 0-13"]
     assert explain(XL_2, DiffFitConfig(num_classes=101, gamma_modules=[])).trained_parameters == 607_136
     text = str(found)
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    assert found.table() in readme
     assert "| **all** | DiTTransformer2DModel | | **687,776** | **0.102%** of 674,834,720 |" in text
     assert "redundant: one for all blocks is trained" in text
 
 
 def test_it_says_what_is_left_out_and_why():
     model = TINY["HunyuanDiT"].make()
-    reasons = {row.why for row in explain(model).left_out}
-    assert any("closed" in why for why in reasons), reasons
+    closed = [row for row in explain(model).left_out if "closed" in row.why]
+    pooler = model.time_extra_emb.pooler.named_parameters()
+    assert sum(row.parameters for row in closed) == sum(p.numel() for name, p in pooler if name.endswith("bias"))
+    model = TINY["Flux.2"].make()
+    without = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.bias is None]
+    missing = sum(row.parameters for row in explain(model).left_out if row.why == "the layer has no bias")
+    assert missing == sum(m.out_features for m in without) > 0
     reasons = {row.why for row in explain(make_dit(), DiffFitConfig(exclude_modules=["to_q"])).left_out}
     assert "the config leaves it out" in reasons
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import NULL, images, make_dit, make_pipeline, outputs, save_adapter
+from peft import inject_adapter_in_model
 
-from difffit_peft import DiffFitDiTPipeline
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LABELS = {"fox": ["fox", "owl", "hare"], "art": ["owl", "ink"], "plain": None}
@@ -112,15 +113,27 @@ def test_refusals(pipe):
     images(pipe)
 
 
+def test_what_is_injected_guides_by_its_class_and_is_refused_by_the_base():
+    pipe = DiffFitDiTPipeline.from_pipe(make_pipeline())
+    plain = images(pipe)
+    inject_adapter_in_model(DiffFitConfig(init_weights=False, id2label={0: "fox", 1: "owl"}), pipe.transformer)
+    assert not torch.equal(images(pipe, ["fox", "owl"]), plain)
+    for options in ({"guidance": "domain"}, {"adapter_names": ["__base__"] * 2}):
+        with pytest.raises(ValueError, match="without a PeftModel.*load_difffit_weights"):
+            images(pipe, **options)
+
+
 def test_adapters_with_guidance_trained_in_take_one_forward_a_step(pipe, folder):
     save_adapter(folder / "guided", id2label={0: "fox"}, trained_guidance_scale=1.5)
     pipe.load_difffit_weights(folder / "guided", "guided")
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    assert pipe.default_guidance_scale == 1
     assert torch.equal(images(pipe), images(pipe, guidance_scale=1.0))
     images(pipe, guidance_scale=3.0)
     images(pipe, adapter_names=["guided", "fox"])  # one of them needs guidance
     images(pipe, adapter_names=["guided", "guided"])
     pipe.set_adapters(["guided", "fox"], [0.5, 0.5])
+    assert pipe.default_guidance_scale == 4
     images(pipe)
     assert [calls[i] for i in range(0, len(calls), 2)] == [2, 2, 4, 4, 2, 4]

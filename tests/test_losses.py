@@ -139,6 +139,17 @@ def test_loss_is_mse_plus_vlb(arrays, prediction_type):
     np.testing.assert_allclose(learned.numpy(), mse + vlb, rtol=2e-4)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_shift_moves_the_target_of_the_mse_alone(arrays, prediction_type):
+    target = arrays["noise"] if prediction_type == "epsilon" else velocity(arrays)
+    shift = np.full(SHAPE, 0.25)
+    inputs = [tensor(arrays[name]) for name in ("x_0", "noise")] + [tensor(TIMESTEPS), scheduler(prediction_type)]
+    output = tensor(np.concatenate([arrays["prediction"], arrays["v"]], 1))
+    difference = diffusion_loss(output, *inputs, shift=tensor(shift)) - diffusion_loss(output, *inputs)
+    moved = mean_flat((arrays["prediction"] - (target + shift)) ** 2 - (arrays["prediction"] - target) ** 2)
+    np.testing.assert_allclose(difference.numpy(), moved, rtol=1e-3, atol=1e-4)
+
+
 def test_vlb_trains_the_variance_alone(arrays):
     channels = SHAPE[1]
     inputs = [tensor(arrays[name]) for name in ("x_0", "noise")] + [tensor(TIMESTEPS), scheduler()]

@@ -163,3 +163,15 @@ def test_compiled(base):
     expected = output(model)
     torch._dynamo.reset()
     torch.testing.assert_close(output(torch.compile(model, backend="eager", fullgraph=True)), expected, **CLOSE)
+
+
+def test_a_mixed_model_gives_the_parameters_back():
+    base = pixart()
+    names, expected = [name for name, _ in base.named_modules()], run(base)
+    model = get_peft_model(base, DiffFitConfig(init_weights=False), mixed=True)
+    assert any("adapted_scale_shift_table" in name for name, _ in model.named_modules())
+    assert not torch.equal(run(model), expected)
+    unloaded = model.unload()
+    assert [name for name, _ in unloaded.named_modules()] == names
+    assert not any(module._forward_pre_hooks for module in unloaded.modules())
+    assert torch.equal(run(unloaded), expected)

@@ -142,6 +142,8 @@ def test_the_target_of_flow_matching():
     expected = [((output[i] - (noise[i] - x_0[i])) ** 2).mean() for i in range(3)]
     torch.testing.assert_close(flow.losses(output, x_0, noise, steps), torch.stack(expected))
     torch.testing.assert_close(flow.losses(noise - x_0, x_0, noise, steps), torch.zeros(3))
+    shift = torch.full_like(x_0, 0.25)
+    torch.testing.assert_close(flow.losses(noise - x_0 + shift, x_0, noise, steps, shift), torch.zeros(3))
 
 
 def test_logit_normal_timesteps():

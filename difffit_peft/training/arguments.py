@@ -59,6 +59,11 @@ def add_image_arguments(group: argparse._ArgumentGroup, condition: tuple[str, st
     group.add_argument("--cache_dir", help="for downloads and encoded images; default: the Hugging Face cache")
 
 
+def add_sampling_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
+    group.add_argument("--num_inference_steps", type=positive_int, default=50)
+
+
 def add_difffit_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gamma_modules",
@@ -167,8 +172,7 @@ def training_parser(
     show.add_argument(
         "--num_validation_images", type=non_negative_int, default=4, help="in each row; 0: no pictures, the loss alone"
     )
-    show.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
-    show.add_argument("--num_inference_steps", type=positive_int, default=50)
+    add_sampling_arguments(show)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser, training, show
 

@@ -6,7 +6,6 @@ how a model is called is a function of noisy latents, timesteps and labels.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +55,9 @@ class FlowMatching:
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, weighting_scheme: str = "logit_normal") -> None:
         count = self.num_train_timesteps = scheduler.config.num_train_timesteps
-        index = [*range(count)]
-        if weighting_scheme == "logit_normal":
-            normal = statistics.NormalDist()  # the quantiles of its distribution: uniform draws become logit-normal
-            index = [int(count * _sigmoid(normal.inv_cdf((i + 0.5) / count))) for i in index]
+        index = torch.arange(count)
+        if weighting_scheme == "logit_normal":  # by the normal's quantiles uniform draws become logit-normal ones
+            index = (count * torch.special.ndtri((index.double() + 0.5) / count).sigmoid()).long()
         self.timesteps = scheduler.timesteps.cpu()[index].float()
         self.sigmas = scheduler.sigmas.cpu()[index].float()
 
@@ -72,10 +70,6 @@ class FlowMatching:
         """The loss of each sample, (batch,); `shift` is added to its target."""
         target = noise - x_0 if shift is None else noise - x_0 + shift
         return (output.float() - target).square().flatten(1).mean(1)
-
-
-def _sigmoid(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).sigmoid().item()
 
 
 def noising(

@@ -132,6 +132,8 @@ def identity_of(args: argparse.Namespace, accelerator: Accelerator, model: nn.Mo
 def attach(model: nn.Module, config: DiffFitConfig, args: argparse.Namespace) -> PeftModel:
     """A `PeftModel` with a new adapter, the same one for the same seed."""
     set_seed(args.seed)
+    if args.guidance_loss_scale != 1:
+        config.trained_guidance_scale = args.guidance_loss_scale
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return get_peft_model(model, config)

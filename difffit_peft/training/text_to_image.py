@@ -193,7 +193,7 @@ class Flux2(TextToImage):
         given = stacked(prompts, x_t.device)
         output = model(
             hidden_states=self.pipe._pack_latents(x_t),
-            timestep=timesteps / 1_000,
+            timestep=timesteps / self.pipe.scheduler.config.num_train_timesteps,
             guidance=self.distilled_guidance(len(x_t), x_t.device),
             encoder_hidden_states=given["prompt_embeds"],
             txt_ids=given["text_ids"],

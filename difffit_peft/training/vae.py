@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,16 +18,9 @@ def moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     posterior = vae.encode(pixels).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
     if hasattr(vae, "bn"):
-        mean, std = _patches(mean), _patches(std)
+        mean, std = F.pixel_unshuffle(mean, 2), F.pixel_unshuffle(std, 2)
         shift, scale = vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).rsqrt()
         shift, scale = (value.to(mean).view(1, -1, 1, 1) for value in (shift, scale))
         return (mean - shift) * scale, std * scale
     shift = config.get("shift_factor")
     return (mean if shift is None else mean - shift) * config.scaling_factor, std * config.scaling_factor
-
-
-def _patches(latents: Tensor) -> Tensor:
-    """(batch, c, 2 h, 2 w) → (batch, 4 c, h, w), as `Flux2Pipeline._patchify_latents` orders them."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
-    return patches.reshape(batch, 4 * channels, height // 2, width // 2)

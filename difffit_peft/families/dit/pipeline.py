@@ -56,9 +56,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         They are those of the first active adapter that has any, else the base's. New classes of an adapter without
         names have none.
         """
-        layer = next((m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)), None)
-        active = [] if layer is None or layer.disable_adapters else layer.merged_adapters or layer.active_adapters
-        return self._names_under(tuple(active))
+        return self._names_under(self._effective())
 
     @property
     def labels(self) -> dict[str, int]:
@@ -70,6 +68,23 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         self._base_id2label = join_names(labels)
         if labels:  # DiTPipeline's constructor assigns {} first
             keep_names(self.transformer, self._base_id2label)
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The scale of a call that is given none: 1 where the active adapters have guidance trained in, else 4."""
+        return self._default_guidance_scale([self._effective()])
+
+    def _default_guidance_scale(self, entries: list[Entry]) -> float:
+        configs = [[self.transformer.peft_config[n] for n in names_in(e) if n != "__base__"] for e in entries]
+        guided = [[getattr(config, "trained_guidance_scale", None) for config in own] for own in configs]
+        return 1.0 if all(own and all(own) for own in guided) else 4.0
+
+    def _effective(self) -> tuple[str, ...]:
+        """The adapters that have an effect, however the transformer got them."""
+        layer = next((m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)), None)
+        if layer is None or layer.disable_adapters:
+            return ()
+        return tuple(layer.merged_adapters or layer.active_adapters)
 
     def _base_names(self) -> dict[int, str]:
         kept = names_of_base(self.transformer)
@@ -93,14 +108,15 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
 
         Args:
             class_labels: by index, the null class among them, or by name, as to `get_label_ids`.
-            guidance_scale: w; `None`: 4, or 1 for adapters that have guidance trained in.
+            guidance_scale: w; `None`: 4, or 1 if all adapters have guidance trained in.
             guidance: "class" or "domain".
             adapter_names: for each image the name of an adapter, a tuple of several that compose, or "__base__", with
                 names of classes as they are there; `None`: the active ones for all.
 
         Raises:
             ValueError: for a label that is not a class; for an adapter that is not there; while adapters are fused, if
-                the base or an adapter per image is asked for; for a scheduler that starts from noise of another
+                the base or an adapter per image is asked for, and if they were put into the transformer without
+                a `PeftModel`; for a scheduler that starts from noise of another
                 standard deviation than 1, which is what `DiTPipeline` would give it.
         """
         deviation = float(getattr(self.scheduler, "init_noise_sigma", 1))
@@ -117,10 +133,11 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         if not given:
             raise ValueError("class_labels is empty: give at least one class.")
         entries = self._entries(adapter_names, len(given), guidance)
-        names = [self.id2label if adapter_names is None else self._names_under(entry) for entry in entries]
-        labels = [class_indices([label], own, null + 1)[0] for label, own in zip(given, names, strict=True)]
+        names = {entry: self._names_under(entry) for entry in {*entries}}
+        pairs = zip(given, entries, strict=True)
+        labels = [class_indices([label], names[entry], null + 1)[0] for label, entry in pairs]
         if guidance_scale is None:
-            guidance_scale = 1.0 if all(self._is_guided(entry) for entry in entries) else 4.0
+            guidance_scale = self._default_guidance_scale(entries)
         by_base = guidance == "domain" and guidance_scale > 1
         unguided: list[Entry] = ["__base__"] * len(entries) if by_base else entries
         mixed = self._adapted() is not None and (by_base or adapter_names is not None)
@@ -141,10 +158,16 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
 
     def _entries(self, adapter_names: list[Entry] | None, count: int, guidance: str) -> list[Entry]:
         """The adapters of each of `count` images, checked."""
-        if (adapter_names is not None or guidance == "domain") and self._fused():
-            raise ValueError("Adapters are fused, and so part of the base: call unfuse_difffit() first.")
+        if adapter_names is not None or guidance == "domain":
+            if self._fused():
+                raise ValueError("Adapters are fused, and so part of the base: call unfuse_difffit() first.")
+            if self._adapted() is None and self._effective():
+                raise ValueError(
+                    "The adapters were put into the transformer without a PeftModel: for guidance by the base, or an "
+                    "adapter per image, load them with load_difffit_weights()."
+                )
         if adapter_names is None:
-            return [tuple(self.get_active_adapters())] * count
+            return [self._effective()] * count
         if isinstance(adapter_names, str) or len(adapter_names) != count:
             raise ValueError(f"adapter_names={short(adapter_names)}: give a list of {count}, one entry for each image.")
         loaded = [*self.get_list_adapters(), "__base__"]
@@ -152,11 +175,6 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             if name not in loaded:
                 raise ValueError(f"There is no adapter {name!r}: the pipeline has {loaded}.{nearest(name, loaded)}")
         return list(adapter_names)
-
-    def _is_guided(self, entry: Entry) -> bool:
-        """Whether all adapters of an image have guidance trained in."""
-        configs = [self.transformer.peft_config[name] for name in names_in(entry) if name != "__base__"]
-        return bool(configs) and all(getattr(config, "trained_guidance_scale", None) for config in configs)
 
     def _names_under(self, entry: Entry) -> dict[int, str]:
         """Names of the classes under the adapters of one image."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Scale(torch.autograd.Function):
+class TimesGamma(torch.autograd.Function):
     """γ ⊙ y, which keeps its output for the backward pass, as what follows does anyway, and not y beside it.
 
     The gradient of γ, Σ grad ⊙ y, is Σ grad ⊙ output / γ. That of a γ which is exactly 0 is taken to be 0. Autograd
