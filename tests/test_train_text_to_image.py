@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -117,8 +118,13 @@ def test_latents_decode_to_the_image(family):
     text = family_of_pipeline(type(pipe).__name__)(pipe)
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        latents = moments(pipe.vae, pixels)[0]
-        expected = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
+        latents, deviation = moments(pipe.vae, pixels)
+        posterior = pipe.vae.encode(pixels).latent_dist
+        expected = pipe.vae.decode(posterior.mean).sample
+        # one deviation from the mean before they are normalised is one after it
+        posterior.mean = posterior.mean + posterior.std
+        pipe.vae.encode = lambda pixels: SimpleNamespace(latent_dist=posterior)
+        torch.testing.assert_close(latents + deviation, moments(pipe.vae, pixels)[0])
     packed = pipe._pack_latents(latents) if family == "FLUX.2" else latents
     pipe.scheduler.step = lambda *args, **kwargs: (packed, packed)  # the loop ends with them
     call = text.call(text.encode("dog"), text.encode(""), 1, 16, 2.0)
