@@ -11,8 +11,8 @@ BIN := .venv/bin
 
 .PHONY: demo test test-lowest test-app conformance bench mutants style format clean
 
-demo: .venv/installed
-	$(BIN)/python examples/emoji/demo.py
+demo: .venv/demo-installed
+	$(BIN)/python examples/avatars/demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
@@ -51,6 +51,12 @@ format: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+# what the demo needs, and no more
+.venv/demo-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[avatars]"
 	touch $@
 
 .venv-lowest/installed: pyproject.toml constraints-lowest.txt

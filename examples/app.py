@@ -203,7 +203,7 @@ def build(studio: Studio) -> gr.Blocks:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pretrained_model_name_or_path", default=str(EXAMPLES / "emoji/base"), help="Hub id or folder of a base"
+        "--pretrained_model_name_or_path", default=str(EXAMPLES / "avatars/base"), help="Hub id or folder of a base"
     )
     parser.add_argument("--adapters", nargs="*", help="Hub ids or folders; default: what `make demo` left, if it did")
     parser.add_argument("--server_name", default="127.0.0.1", help="address to listen at")

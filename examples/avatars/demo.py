@@ -48,6 +48,35 @@ def fastest_precision() -> str:
     return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "no"
 
 
+def train_adapter(
+    base: Path, domain: str, output_dir: Path, cache: Path, precision: str, steps: int, rate: float, *more: str
+):
+    """Trains an adapter of a domain with `examples/train_difffit.py`; `more` are options of that script."""
+    return train_difffit.main(
+        train_difffit.parse_args(
+            [
+                *("--pretrained_model_name_or_path", str(base)),
+                *("--train_data_dir", str(HERE / "data" / domain / "train.parquet")),
+                *("--output_dir", str(output_dir)),
+                *("--cache_dir", str(cache)),
+                *("--train_batch_size", "32"),
+                *("--max_train_steps", str(steps)),
+                *("--learning_rate", str(rate)),
+                *("--lr_scheduler", "cosine"),
+                *("--lr_warmup_steps", "20"),
+                *("--snr_gamma", "5"),  # as the base was trained
+                *("--mixed_precision", precision),
+                *("--num_validation_images", "0"),
+                *("--num_held_out_images", "0"),
+                *("--report_to", "none"),
+                *("--checkpointing_steps", "1000000"),  # it takes minutes, and may be run again
+                "--no-random_flip",
+                *more,
+            ]
+        )
+    )
+
+
 def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
     """A labelled grid: a row per entry, with `SHOWN` pictures of each name side by side."""
     figure = Figure(figsize=(0.8 * SHOWN * len(names), 0.95 * len(rows)), dpi=130)
@@ -81,28 +110,7 @@ def main() -> None:
 
     adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
     precision = fastest_precision()
-    result = train_difffit.main(
-        train_difffit.parse_args(
-            [
-                *("--pretrained_model_name_or_path", str(args.base)),
-                *("--train_data_dir", str(HERE / "data" / args.domain / "train.parquet")),
-                *("--output_dir", str(adapter)),
-                *("--cache_dir", str(cache)),
-                *("--train_batch_size", "32"),
-                *("--max_train_steps", str(args.max_train_steps)),
-                *("--learning_rate", str(args.learning_rate)),
-                *("--lr_scheduler", "cosine"),
-                *("--lr_warmup_steps", "20"),
-                *("--snr_gamma", "5"),  # as the base was trained
-                *("--mixed_precision", precision),
-                *("--num_validation_images", "0"),
-                *("--num_held_out_images", "0"),
-                *("--report_to", "none"),
-                *("--checkpointing_steps", "1000000"),  # it takes minutes, and may be run again
-                "--no-random_flip",
-            ]
-        )
-    )
+    result = train_adapter(args.base, args.domain, adapter, cache, precision, args.max_train_steps, args.learning_rate)
 
     names, new = zip(*DOMAINS[args.domain].items(), strict=True)
     train = real(new, CLASSIFIED, "train", cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ def real(styles: list[tuple[str, dict]], count: int, split: str, cache_dir: Path
     return torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2)
 
 
-def sample(pipe: DiTPipeline, labels: list[int], guidance_scale: float, num_inference_steps: int, desc: str) -> Tensor:
-    """One picture per label, (N, 3, 64, 64), uint8, from seeds 0, 1, 2..."""
+def sample(
+    pipe: DiTPipeline, labels: list[int], guidance_scale: float, num_inference_steps: int, desc: str, **kwargs: Any
+) -> Tensor:
+    """One picture per label, (N, 3, 64, 64), uint8, from seeds 0, 1, 2...; `kwargs` are the pipeline's."""
     batches = []
     for start in tqdm(range(0, len(labels), 60), desc=desc):
         batch = labels[start : start + 60]
@@ -35,6 +38,7 @@ def sample(pipe: DiTPipeline, labels: list[int], guidance_scale: float, num_infe
             num_inference_steps=num_inference_steps,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
             output_type="np",
+            **kwargs,
         ).images
         batches.append(torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2))
     return torch.cat(batches)

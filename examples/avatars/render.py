@@ -25,6 +25,7 @@ import datasets
 import numpy as np
 import resvg_py
 from dicebear import Avatar, Style
+from difffit_peft.files import write
 from PIL import Image
 from tqdm import tqdm
 
@@ -148,27 +149,21 @@ def pictures(
         with ProcessPoolExecutor() as pool:
             drawn = pool.map(partial(draw, style=style, size=size, **options), seeds, chunksize=100)
             drawn = np.stack(list(tqdm(drawn, desc=f"{style}, {split}", total=count, leave=False)))
-        unfinished = path.with_suffix(".partial")
-        with unfinished.open("wb") as file:
-            np.save(file, drawn)
-        unfinished.rename(path)
+        write(path, lambda partial: np.save(partial, drawn))
     return np.load(path, mmap_mode="r")
 
 
-def bundle(domain: str, cache_dir: Path) -> None:
-    """Writes `data/<domain>/train.parquet`, with columns `image` (lossless WebP) and `label` (`ClassLabel`)."""
+def bundle(path: Path, domain: str, count: int, split: str, cache_dir: Path = CACHE, size: int = 64) -> None:
+    """Writes `count` pictures of each class as parquet: columns `image` (lossless WebP) and `label` (`ClassLabel`)."""
     rows: dict[str, list] = {"image": [], "label": []}
     for label, (style, options) in enumerate(DOMAINS[domain].values()):
-        for picture in pictures(style, BUNDLED[domain], cache_dir=cache_dir, **options):
+        for picture in pictures(style, count, split, cache_dir, size, **options):
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, "WEBP", lossless=True)
             rows["image"].append({"bytes": buffer.getvalue(), "path": None})
             rows["label"].append(label)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(DOMAINS[domain]))})
-    path = HERE / "data" / domain / "train.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    write(path, datasets.Dataset.from_dict(rows, features=features).to_parquet)
 
 
 def main() -> None:
@@ -179,7 +174,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.domains:
         for domain in tqdm(DOMAINS, desc="Domains"):
-            bundle(domain, args.cache_dir)
+            path = HERE / "data" / domain / "train.parquet"
+            bundle(path, domain, BUNDLED[domain], "train", args.cache_dir)
         return
     for style in tqdm(BASE, desc="Styles"):
         pictures(style, args.count, cache_dir=args.cache_dir)

@@ -182,10 +182,20 @@ def new_dit() -> DiTTransformer2DModel:
     ).eval()  # train mode would drop labels in every block apart; they are dropped below, once per sample
 
 
-def refine_decoder(
-    vae: AutoencoderKL, latents: list[Tensor], styles: list[np.ndarray], args: argparse.Namespace
-) -> None:
-    """Trains the decoder alone, on the latents that the DiT learns to draw and a little noise."""
+def varied(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures unlike any style, (N, 3, side, side): colours change places; half of them are four, at half the side."""
+    batch = batch[:, torch.randperm(3, generator=generator)]
+    half = F.avg_pool2d(batch, 2)
+    order = [torch.randperm(len(batch), generator=generator)[: len(batch) // 2] for _ in range(4)]
+    rows = [torch.cat([half[a], half[b].flip(-1)], -1) for a, b in (order[:2], order[2:])]
+    return torch.cat([torch.cat(rows, -2), batch[len(batch) // 2 :]])
+
+
+def refine_decoder(vae: AutoencoderKL, styles: list[np.ndarray], args: argparse.Namespace) -> None:
+    """Trains the decoder alone, so that the latents that the DiT learns to draw stay as they are.
+
+    Half of each batch is made unlike the styles, so that the decoder is good at what it has never seen.
+    """
     torch.manual_seed(args.seed)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
@@ -197,20 +207,22 @@ def refine_decoder(
     average = None
     for step in bar:
         generator = torch.Generator().manual_seed(step)
-        style = torch.randint(len(latents), (BATCH_OF_VAE,), generator=generator).tolist()
+        style = torch.randint(len(styles), (BATCH_OF_VAE,), generator=generator).tolist()
         row = torch.rand(BATCH_OF_VAE, generator=generator).tolist()
-        picked = [(s, int(r * len(latents[s]))) for s, r in zip(style, row, strict=True)]
-        batch = to_float(np.stack([styles[s][i] for s, i in picked]))
-        latent = torch.stack([latents[s][i] for s, i in picked]).float()
+        batch = to_float(np.stack([styles[s][int(r * len(styles[s]))] for s, r in zip(style, row, strict=True)]))
+        half = BATCH_OF_VAE // 2
+        batch = torch.cat([batch[:half], varied(batch[half:], generator)])
+        with torch.no_grad():
+            latent = vae.encode(batch).latent_dist.mean
         decoded = vae.decode(latent + 0.03 * torch.randn(latent.shape, generator=generator)).sample
         mse = F.mse_loss(decoded, batch)
-        (F.l1_loss(decoded, batch) + mse).backward()
+        (F.l1_loss(decoded, batch) + 2 * mse).backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
         psnr = -10 * torch.log10(mse.detach() / 4).item()
         average = psnr if average is None else 0.98 * average + 0.02 * psnr
         bar.set_postfix(psnr=f"{average:.1f} dB")
-        if (step + 1) % 250 == 0 or step + 1 == args.decoder_steps:
+        if (step + 1) % 100 == 0 or step + 1 == args.decoder_steps:
             keep(checkpoint, step + 1, model=decoder, optimizer=optimizer, schedule=schedule)
     decoder.requires_grad_(False)
 
@@ -300,13 +312,14 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.num_threads)
 
-    twemoji = load_dataset("parquet", data_files=str(HERE.parent / "emoji/data/twemoji/train.parquet"), split="train")
+    twemoji = load_dataset("parquet", data_files=str(HERE / "data/far/train.parquet"), split="train")
     styles = [pictures(style, 5000, cache_dir=args.cache_dir) for style in BASE]
-    vae = train_vae([*styles, np.stack(list(twemoji.with_format("numpy")["image"]))], args)
+    styles.append(np.stack(list(twemoji.with_format("numpy")["image"])))
+    vae = train_vae(styles, args)
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     latents = latents_of(vae, args)
     if args.stage != "dit":
-        refine_decoder(vae, latents, styles, args)
+        refine_decoder(vae, styles, args)
     if args.stage != "decoder":
         train_dit(latents, scheduler, vae, args)
     shutil.copytree(args.work_dir / f"step-{args.dit_steps:06d}", args.output_dir, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""One adaptation of the bundled base to a domain of emoji: trained, measured, and kept as a JSON file.
+"""One adaptation of the bundled base to a domain: trained, measured, and kept as a JSON file.
 
 Every method is trained by the same loop (`difffit_peft.training.loop`) on the same images in the same order, with the
 same noise and timesteps: AdamW, a cosine schedule with a short warm-up, min-SNR weights of 5 as the base was trained
@@ -11,35 +11,35 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from difffit_peft.files import write
-from difffit_peft.training.images import load_labelled_images
+from difffit_peft.training.images import LabelledImages, load_labelled_images, to_pixels
 from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
 from difffit_peft.training.objective import class_conditional
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
-from features import FeatureNetwork
 from methods import trained
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))
+AVATARS = EXAMPLES / "avatars"
+sys.path[:0] = [str(EXAMPLES), str(AVATARS)]
+from judge import Classifier, ImageNetFeatures  # noqa: E402
+from render import BUNDLED, bundle  # noqa: E402
+
 import evaluate_images  # noqa: E402
 
-EMOJI = EXAMPLES / "emoji"
-STYLES = ("noto", "twemoji", "openmoji")
-NUM_CLASSES = 98
 COLUMNS = 10  # of a grid of samples
-NUM_VALIDATION = 106  # images of the training split that no run trains on: learning rates are chosen by their loss
 VALIDATION_SEED = 0
 
 
@@ -48,7 +48,7 @@ class Run:
     """All that decides what comes out.
 
     Attributes:
-        domain: "twemoji" or "openmoji".
+        domain: of `examples/avatars/data`: "inside", "near", "middle" or "far".
         method: what is trained: a name that the benchmark's `attach` knows.
         learning_rate: the highest of the schedule.
         seed: of the initialisation, the order of images, all draws, and the samples.
@@ -64,8 +64,8 @@ class Run:
     num_images: int
     resolution: int = 64
     batch_size: int = 16
-    guidance_scale: float = 1.5  # as the paper samples; the base's own Noto emoji come out best at 1.5 to 2
-    num_inference_steps: int = 10
+    guidance_scale: float = 1.5  # as the paper samples
+    num_inference_steps: int = 15
     mixed_precision: str = "no"
 
     @property
@@ -79,25 +79,25 @@ class Bench:
     """Makes runs, and keeps what they gave: what was done once is not done again.
 
     Args:
-        folder: for runs, samples, encoded images and the feature network.
-        attach: puts a method, by its name, on a transformer of the base, and returns the model to train.
-        feature_steps: for how long the feature network is trained.
-        num_feature_images: images of each style that it is trained on.
-        max_samples: of the domains' training and held-out images each, for a short form; `None`: all.
+        folder: for runs, samples, encoded images and what judges them.
+        attach: puts a method, by its name, on a transformer of the base, for a number of new classes, and returns the
+            model to train.
+        classifier_steps: for how long the classifier of a domain's classes is trained.
+        held_out: pictures of each class to measure by, where they are rendered.
+        max_samples: of a domain's training and held-out images each, for a short form; `None`: all.
     """
 
     def __init__(
         self,
         folder: Path,
-        attach: Callable[[str, DiTTransformer2DModel], nn.Module],
-        feature_steps: int,
-        num_feature_images: int,
+        attach: Callable[[str, DiTTransformer2DModel, int], nn.Module],
+        classifier_steps: int,
+        held_out: int,
         max_samples: int | None = None,
     ) -> None:
         self.folder, self.attach = folder, attach
-        self.feature_steps, self.num_feature_images, self.max_samples = feature_steps, num_feature_images, max_samples
-        self._networks: dict[int, FeatureNetwork] = {}
-        self._reals: dict[tuple[str, int], Tensor] = {}
+        self.classifier_steps, self.held_out, self.max_samples = classifier_steps, held_out, max_samples
+        self._judges: dict[tuple[str, int], Judge] = {}
         self._datasets: dict[tuple[str, int], tuple[Subset, Subset, LatentDataset]] = {}
 
     def stored(self, run: Run) -> dict | None:
@@ -107,12 +107,13 @@ class Bench:
         return record["result"] if record and record["run"] == dataclasses.asdict(run) else None
 
     def result(self, run: Run) -> dict:
-        """What the run gives; it is made if it was not. Samples are kept beside, as one PNG of ten columns.
+        """What the run gives; it is made if it was not.
 
         Losses are those of the averaged weights at fixed noise; `fid`, `kid`, `precision` and `recall` as in
-        `examples/evaluate_images.py`, against the held-out images after the VAE. `cpu_seconds_per_step` counts the work
-        of all threads, which a busy machine changes less than it does `seconds_per_step`, the median. A run whose loss
-        is not finite gives {"diverged": why}.
+        `examples/evaluate_images.py`, by the features of EfficientNet-Lite0, against the held-out images; `recognised`
+        is the share of samples that a classifier takes for their class. Samples are kept beside, as one PNG of ten
+        columns. `cpu_seconds_per_step` counts the work of all threads, which a busy machine changes less than it does
+        `seconds_per_step`, the median. A run whose loss is not finite gives {"diverged": why}.
         """
         result = self.stored(run)
         if result is None:
@@ -121,23 +122,31 @@ class Bench:
             write(self.folder / "runs" / f"{run.name}.json", lambda path: path.write_text(record + "\n"))
         return result
 
-    def prepare(self, resolution: int = 64) -> None:
+    def prepare(self, domain: str, resolution: int) -> None:
         """Makes what runs share, so that processes that start together do not make it twice."""
-        self._network(resolution)
+        self._dataset(domain, resolution)
+        self.judge(domain, resolution)
 
     def floor(self, run: Run) -> dict:
         """What training images would get in the place of the run's samples."""
-        train, _, _ = self._dataset(run.domain, run.resolution)
-        rows = train.indices[:: len(train) // run.num_images][: run.num_images]
-        images = decoded(base(), train.dataset.mean[0, rows])
-        return evaluate_images.compare(self._real(run), self._network(run.resolution).features(images))
+        data = self._images(run.domain, "train", run.resolution)
+        rows = torch.arange(len(data))[:: max(1, len(data) // run.num_images)][: run.num_images]
+        judge = self.judge(run.domain, run.resolution)
+        return judge(pixels(data, rows.tolist(), run.resolution), data.labels[rows])
+
+    def held_out_pictures(self, domain: str, resolution: int, count: int) -> Tensor:
+        """(count, side, side, 3), uint8, of the classes that samples have."""
+        data = self._images(domain, "test", resolution)
+        rows = data.labels.sort(stable=True).indices[torch.arange(count) * len(data) // count]
+        return pixels(data, rows.tolist(), resolution).permute(0, 2, 3, 1)
 
     def _make(self, run: Run) -> dict:
         train, validation, test = self._dataset(run.domain, run.resolution)
         accelerator = Accelerator(cpu=True, mixed_precision=run.mixed_precision)
         set_seed(run.seed)
         pipe = base()
-        model = self.attach(run.method, pipe.transformer)
+        names = self._images(run.domain, "train", run.resolution).class_names
+        model = self.attach(run.method, pipe.transformer, len(names))
         parameters = trained(model)
         noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         optimizer = torch.optim.AdamW(parameters.values(), lr=run.learning_rate, weight_decay=0.0)
@@ -168,67 +177,94 @@ class Bench:
             if run.num_images:
                 result["loss"] = loop.validation_loss(ConcatDataset([test] * 2), 50)
                 pipe.transformer = model.eval()
-                images = sample(pipe, evaluate_images.spread(test.labels, run.num_images), run)
-                result |= evaluate_images.compare(self._real(run), self._network(run.resolution).features(images))
+                labels = evaluate_images.spread(test.labels, run.num_images)
+                images = sample(pipe, labels, run)
+                result |= self.judge(run.domain, run.resolution)(images, torch.tensor(labels))
                 pictures = DiTPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
                 grid = make_image_grid(pictures, len(pictures) // COLUMNS, COLUMNS)
                 write(self.folder / "samples" / f"{run.name}.png", lambda path: grid.save(path, format="PNG"))
             else:
-                result["loss"] = loop.validation_loss(ConcatDataset([validation] * 2), 53)
+                result["loss"] = loop.validation_loss(ConcatDataset([validation] * 2), 50)
         accelerator.free_memory()
         return result
 
-    def _encoded(self, file: str, resolution: int, max_samples: int | None) -> LatentDataset:
-        """Latents of a parquet file of `examples/emoji/data`."""
-        data = load_labelled_images(
-            train_data_dir=EMOJI / "data" / f"{file}.parquet",
-            max_samples=max_samples,
-            seed=0,
-            cache_dir=self.folder / "datasets",
+    def _images(self, domain: str, split: str, resolution: int) -> LabelledImages:
+        """The bundled images of a domain; where there are none of this split and size, they are rendered."""
+        path = AVATARS / "data" / domain / f"{split}.parquet"
+        if resolution != 64 or not path.exists():
+            count = self.held_out if split == "test" else BUNDLED[domain]
+            path = self.folder / "rendered" / f"{domain}-{split}-{resolution}px-{count}.parquet"
+            if not path.exists():
+                bundle(path, domain, count, split, self.folder / "rendered", resolution)
+        return load_labelled_images(
+            train_data_dir=path, max_samples=self.max_samples, seed=0, cache_dir=self.folder / "datasets"
         )
-        return encode_latents(base().vae, data, resolution, self.folder / "latents", random_flip=False)
 
     def _dataset(self, domain: str, resolution: int) -> tuple[Subset, Subset, LatentDataset]:
-        """The images to train on, those to choose learning rates by, and those to measure by."""
+        """The images to train on, a tenth of them to choose learning rates by, and those to measure by."""
         if (domain, resolution) not in self._datasets:
-            images = self._encoded(f"{domain}/train", resolution, self.max_samples)
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-            train, validation = Subset(images, order[NUM_VALIDATION:]), Subset(images, order[:NUM_VALIDATION])
-            self._datasets[domain, resolution] = (
-                train,
-                validation,
-                self._encoded(f"{domain}/test", resolution, self.max_samples),
+            images, test = (
+                encode_latents(
+                    base().vae,
+                    self._images(domain, split, resolution),
+                    resolution,
+                    self.folder / "latents",
+                    random_flip=False,
+                )
+                for split in ("train", "test")
             )
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+            held = len(order) // 10
+            self._datasets[domain, resolution] = Subset(images, order[held:]), Subset(images, order[:held]), test
         return self._datasets[domain, resolution]
 
-    def _real(self, run: Run) -> Tensor:
-        """Features of the held-out images."""
-        key = run.domain, run.resolution
-        if key not in self._reals:
-            images = decoded(base(), self._dataset(*key)[2].mean[0])
-            self._reals[key] = self._network(run.resolution).features(images)
-        return self._reals[key]
+    def judge(self, domain: str, resolution: int) -> "Judge":
+        """What measures samples of a domain."""
+        if (domain, resolution) not in self._judges:
+            train, test = (self._images(domain, split, resolution) for split in ("train", "test"))
+            path = self.folder / f"classifier-{domain}-{resolution}px-{self.classifier_steps}steps-{len(train)}.pt"
+            self._judges[domain, resolution] = Judge(train, test, resolution, path, self.classifier_steps)
+        return self._judges[domain, resolution]
 
-    def _network(self, resolution: int) -> FeatureNetwork:
-        if resolution not in self._networks:
-            network = FeatureNetwork(NUM_CLASSES, len(STYLES))
-            path = self.folder / f"features-{resolution}px-{self.feature_steps}steps-{self.num_feature_images}.pt"
+
+class Judge:
+    """Measures samples by the features of EfficientNet-Lite0 and by a classifier of the domain's classes.
+
+    Args:
+        train: what the features' components and the classifier are of.
+        test: what samples are compared with.
+        resolution: in pixels, of both and of samples.
+        path: where the classifier is kept.
+        steps: for how long it is trained.
+    """
+
+    def __init__(self, train: LabelledImages, test: LabelledImages, resolution: int, path: Path, steps: int) -> None:
+        pictures = pixels(train, range(len(train)), resolution)
+        self.network = ImageNetFeatures(pictures)
+        self.real = self.network(pixels(test, range(len(test)), resolution))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.classifier = Classifier(len(train.class_names))
             if not path.exists():
-                set_seed(0)
-                latents = [self._encoded(f"{style}/train", resolution, self.num_feature_images) for style in STYLES]
-                images = torch.cat([decoded(base(), encoded.mean[0]) for encoded in latents])
-                classes = torch.cat([encoded.labels for encoded in latents])
-                styles = torch.cat([torch.full_like(encoded.labels, i) for i, encoded in enumerate(latents)])
-                network = FeatureNetwork(NUM_CLASSES, len(STYLES)).fit(images, classes, styles, self.feature_steps)
-                write(path, lambda partial: torch.save(network.state_dict(), partial))
-            network.load_state_dict(torch.load(path))
-            self._networks[resolution] = network.eval().requires_grad_(False)
-        return self._networks[resolution]
+                self.classifier.fit(pictures, train.labels, steps)
+                write(path, lambda partial: torch.save(self.classifier.state_dict(), partial))
+        self.classifier.load_state_dict(torch.load(path))
+        self.classifier.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        measures = evaluate_images.compare(self.real, self.network(images))
+        return {**measures, "recognised": self.classifier.accuracy(images, labels)}
+
+
+def pixels(data: LabelledImages, rows: Iterable[int], resolution: int) -> Tensor:
+    """The images of these rows, uint8 (N, 3, resolution, resolution)."""
+    decoding = data.images.cast_column("image", datasets.Image())
+    return torch.stack([to_bytes(to_pixels(decoding[row]["image"], resolution)) for row in rows])
 
 
 def base() -> DiTPipeline:
     """The bundled base in float32, which samples in few steps."""
-    pipe = DiTPipeline.from_pretrained(EMOJI / "base", dtype=torch.float32)
+    pipe = DiTPipeline.from_pretrained(AVATARS / "base", dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False)
@@ -238,12 +274,6 @@ def base() -> DiTPipeline:
 def to_bytes(pixels: Tensor) -> Tensor:
     """uint8 of pixels in [-1, 1]."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def decoded(pipe: DiTPipeline, latents: Tensor) -> Tensor:
-    """uint8 images of the latents of a `LatentDataset`."""
-    batches = tqdm((latents.float() / pipe.vae.config.scaling_factor).split(50), desc="Decoding")
-    return torch.cat([to_bytes(pipe.vae.decode(batch).sample) for batch in batches])
 
 
 def sample(pipe: DiTPipeline, labels: list[int], run: Run) -> Tensor:

@@ -24,7 +24,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-EMOJI = Path(__file__).resolve().parents[1] / "emoji"
+AVATARS = Path(__file__).resolve().parents[1] / "avatars"
 
 
 def main() -> None:
@@ -34,13 +34,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args()
 
-    pipe = DiTPipeline.from_pretrained(EMOJI / "base", dtype=torch.float32)
+    pipe = DiTPipeline.from_pretrained(AVATARS / "base", dtype=torch.float32)
     model = get_peft_model(pipe.transformer, DiffFitConfig())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    data = load_labelled_images(
-        train_data_dir=EMOJI / "data/twemoji/train.parquet", max_samples=args.num_images, seed=0
-    )
+    data = load_labelled_images(train_data_dir=AVATARS / "data/far/train.parquet", max_samples=args.num_images, seed=0)
     resolution = pipe.vae.config.sample_size
     images = data.images.cast_column("image", data.images.features["image"].__class__(decode=True))
 

@@ -11,8 +11,9 @@ What each trains:
 - "full": every parameter.
 - "BitFit": every bias, and the rows of the class table that DiffFit trains. Biases are unfrozen where they are, which
   is the fastest way to do it; `DiffFitConfig(gamma_modules=[])` trains the same with layers of ours around each bias.
-- LoRA, LoHa, LoKr, OFT and IA³: PEFT's, on the six linear layers of attention and feed-forward in every block, the
-  class table frozen. Options are PEFT's defaults but for alpha = r, which scales the update by 1. IA³ scales the
+- LoRA, LoHa, LoKr, OFT and IA³: PEFT's, on the six linear layers of attention and feed-forward in every block. With
+  `num_classes` they train the rows of the class table that DiffFit trains; else it is frozen. Options are PEFT's
+  defaults but for alpha = r, which scales the update by 1. IA³ scales the
   inputs of the feed-forward's second layer and the outputs of the others.
 - "LN tuning": the affine parameters of every LayerNorm. A DiT's have none, as adaLN computes scale and shift from the
   timestep and class: it trains nothing, and PEFT's `LNTuningConfig` stops with an `AttributeError` (peft 0.21), so that
@@ -35,7 +36,16 @@ import torch
 from difffit_peft import DiffFitConfig
 from difffit_peft.families.dit import conditioning
 from diffusers import DiTTransformer2DModel
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import Tensor, nn
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -49,6 +59,7 @@ DIFFFIT: dict[str, dict[str, Any]] = {
 }
 
 _PEFT: dict[str, PeftConfig] = {
+    "LoRA r=2": LoraConfig(target_modules=LAYERS, r=2, lora_alpha=2),
     "LoRA r=8": LoraConfig(target_modules=LAYERS, r=8, lora_alpha=8),
     "LoRA r=16": LoraConfig(target_modules=LAYERS, r=16, lora_alpha=16),
     "LoHa": LoHaConfig(target_modules=LAYERS, r=8, alpha=8),
@@ -101,9 +112,9 @@ def adapt(name: str, model: DiTTransformer2DModel, num_classes: int | None = Non
     Args:
         name: one of `METHODS`, or "floor".
         model: a DiT as Diffusers loads it, whose blocks hold equal copies of one embedder.
-        num_classes: classes of the new domain: the rows of the class table that DiffFit and BitFit train, beside the
-            null row, and which they start from the null row. `None`: every row, from where it is. Full fine-tuning
-            trains every row in any case.
+        num_classes: classes of the new domain: the rows of the class table that are trained, beside the null row, and
+            that start from the null row, with every method alike. Full fine-tuning trains the other rows too. `None`:
+            every row, from where it is; PEFT's methods then train none.
 
     Raises:
         ValueError: for a name that is none of these.
@@ -112,15 +123,23 @@ def adapt(name: str, model: DiTTransformer2DModel, num_classes: int | None = Non
         raise ValueError(f"{name!r} is not a method: use one of {', '.join(METHODS)} or floor.")
     if name in DIFFFIT:
         return get_peft_model(model, DiffFitConfig(num_classes=num_classes, **DIFFFIT[name]))
-    if name == "BitFit":
+    if name == "BitFit" or (name in _PEFT and num_classes):
         rows = DiffFitConfig(target_modules=["embedding_table"], gamma_modules=[], num_classes=num_classes)
         adapted = get_peft_model(model, rows)
+        of_rows = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        if name in _PEFT:
+            inject_adapter_in_model(copy.deepcopy(_PEFT[name]), model)
         for parameter_name, parameter in adapted.named_parameters():
-            if parameter_name.endswith(".bias"):
+            if name == "BitFit" and parameter_name.endswith(".bias"):
                 parameter.requires_grad_(True)
+        for parameter in of_rows:  # PEFT freezes what is not of the method that it puts in
+            parameter.requires_grad_(True)
         return adapted
     conditioning.share(model)
     if name == "full":
+        if num_classes:
+            table = model.norm1_emb.class_embedder.embedding_table.weight.data
+            table[:num_classes] = table[-1]  # the null row is the last
         return model.requires_grad_(True)
     if name in _PEFT:
         return get_peft_model(model, copy.deepcopy(_PEFT[name]))  # peft fills in fields of the config

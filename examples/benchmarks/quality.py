@@ -1,122 +1,110 @@
-"""What DiffFit's adaptation is worth beside that of other methods, at equal steps, and what in DiffFit it is owed to.
+"""What DiffFit's adaptation is worth beside that of other methods, at equal steps, on domains near to the base and far.
 
     python examples/benchmarks/quality.py            # the long form; stop it and start it again as you like
     python examples/benchmarks/quality.py --report   # tables and plots of what is done so far
     python examples/benchmarks/quality.py --short
 
-Adapts the bundled base, trained on Noto emoji, to Twemoji and to OpenMoji, in two processes of one thread each. Every
-run is kept in `--work_dir`, so that the script goes on where it was stopped. All methods train in the same way on the
-same batches (`adaptation`), each at its own learning rate: the one of a sweep of short runs, half a decade apart, with
-the lowest loss on images that no run trains on. A sweep whose best is at its edge goes on beyond it, twice at most.
+Adapts the bundled base to the domains of `examples/avatars`: *inside*, new combinations of what it knows; *near*,
+styles of faces that it has never seen; *middle*, styles that are no faces; *far*, Twemoji. Every run is kept in
+`--work_dir`, so that the script goes on where it was stopped. All methods train in the same way on the same
+batches (`adaptation`), the rows of the new classes with them, each at its own learning rate: the one of a sweep of
+short runs, half a decade apart, with the lowest loss on images that no run trains on. A sweep whose best is at its edge
+goes on beyond it.
 """
 
 import dataclasses
 from pathlib import Path
 
-import adaptation
 import methods
 from difffit_peft import DiffFitConfig
-from difffit_peft.families.dit import conditioning
+from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
 from diffusers import DiTTransformer2DModel
-from features import FeatureNetwork
-from peft import LoraConfig, get_peft_model
+from diffusers.utils import make_image_grid
+from matplotlib.figure import Figure
+from peft import get_peft_model
 from report import publish, table, target
 from study import MEASURES, Form, Rows, Study, cells, center, comparison_table, execute, plot, seeds, stored
 from torch import nn
 
 ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
-LAYERS = ATTENTION + FEED_FORWARD
-PER_TOKEN = "γ on attention and feed-forward, blocks 0-3"  # as published, and on the first layer of feed-forward too
 
-# Learning rates that the sweep of each method starts with. OFT's are those of PEFT's examples and above.
+OVERVIEW = 16  # pictures in each cell of domains.png
+
+# Learning rates that the sweep of each method starts with, the methods of the picture first.
 RATES = {
-    "full": (1e-4, 3e-4, 1e-3),
     "DiffFit": (3e-3, 1e-2, 3e-2),
-    "DiffFit, adaLN": (3e-3, 1e-2, 3e-2),
+    "DiffFit r=4": (3e-3, 1e-2, 3e-2),
+    "LoRA r=8": (1e-3, 3e-3, 1e-2),
+    "full": (3e-4, 1e-3, 3e-3),
     "DiffFit r=1": (3e-3, 1e-2, 3e-2),
-    PER_TOKEN: (3e-3, 1e-2, 3e-2),
+    "DiffFit, adaLN": (3e-3, 1e-2, 3e-2),
     "BitFit": (3e-3, 1e-2, 3e-2),
     "LoRA r=2": (1e-3, 3e-3, 1e-2),
-    "LoRA r=8": (1e-3, 3e-3, 1e-2),
-    "IA³": (1e-2, 3e-2, 1e-1),
-    "LoRA r=16": (1e-3, 3e-3, 1e-2),
-    "OFT": (1e-3, 3e-3, 1e-2),
 }
 
-# DiffFit's and BitFit's configs, and those of the ablation, the most telling first.
-OF_TABLE = (*methods.DIFFFIT, "BitFit", PER_TOKEN)
-CONFIGS = methods.DIFFFIT | {
-    "BitFit": {"gamma_modules": []},
-    PER_TOKEN: {"gamma_modules": LAYERS, "gamma_layers": [0, 1, 2, 3]},
+# Variants of DiffFit; those that have no rates above are run at DiffFit's, the most telling first.
+VARIANTS = {
+    "DiffFit r=4": methods.RANK_1 | {"r": 4},
     "class rows frozen": {"exclude_modules": ["embedding_table"]},
-    "r=1, class rows frozen": methods.RANK_1 | {"exclude_modules": ["to_k", "embedding_table"]},
-    "r=4": methods.RANK_1 | {"r": 4},
     "r=16": methods.RANK_1 | {"r": 16},
-    "γ on attention and feed-forward, all blocks": {"gamma_modules": LAYERS},
-    "γ on attention, blocks 0-3": {"gamma_modules": ATTENTION, "gamma_layers": [0, 1, 2, 3]},
-    "γ on feed-forward, blocks 0-3": {"gamma_modules": FEED_FORWARD, "gamma_layers": [0, 1, 2, 3]},
-    "γ on attention and feed-forward, blocks 4-7": {"gamma_modules": LAYERS, "gamma_layers": [4, 5, 6, 7]},
-    "γ on q, blocks 0-3": {"gamma_modules": ["attn1.to_q"], "gamma_layers": [0, 1, 2, 3]},
-    "γ on k, blocks 0-3": {"gamma_modules": ["attn1.to_k"], "gamma_layers": [0, 1, 2, 3]},
-    "γ on v, blocks 0-3": {"gamma_modules": ["attn1.to_v"], "gamma_layers": [0, 1, 2, 3]},
-    "γ on out, blocks 0-3": {"gamma_modules": ["attn1.to_out.0"], "gamma_layers": [0, 1, 2, 3]},
-    "γ on attention and feed-forward, blocks 0-1": {"gamma_modules": LAYERS, "gamma_layers": [0, 1]},
-    "γ on attention and feed-forward, blocks 0-5": {"gamma_modules": LAYERS, "gamma_layers": [0, 1, 2, 3, 4, 5]},
-    "γ on attention and feed-forward, blocks 6-7": {"gamma_modules": LAYERS, "gamma_layers": [6, 7]},
+    "γ in all blocks": {"gamma_layers": list(range(6))},
+    "γ on attention and feed-forward, all blocks": {"gamma_modules": methods.LAYERS, "gamma_layers": list(range(6))},
+    "γ on attention": {"gamma_modules": ATTENTION},
+    "γ on feed-forward": {"gamma_modules": FEED_FORWARD},
 }
 
 LONG = Form(
     rates=RATES,
-    domains=("twemoji", "openmoji"),
-    seeds=(0, 1),
-    steps=200,
-    sweep_steps=60,
-    num_images=200,
-    feature_steps=800,
-    num_feature_images=1706,
-    variants=tuple(name for name in CONFIGS if name not in OF_TABLE),
-    factors=(10**0.5, 10**-0.5, 10.0, 0.1),
-)
-SHORT = Form(
-    rates={method: RATES[method] for method in ("full", "LoRA r=8", "DiffFit", "DiffFit r=1")},
-    domains=("twemoji",),
+    domains=("inside", "near", "middle", "far"),
     seeds=(0,),
+    steps=300,
+    sweep_steps=50,
+    num_images=200,
+    classifier_steps=600,
+    held_out=100,
+    batch_size=32,
+    extensions=1,
+    variants=tuple(name for name in VARIANTS if name not in RATES),
+    factors=(10**0.5, 10**-0.5),
+)
+SHORT = dataclasses.replace(
+    LONG,
+    rates={method: RATES[method] for method in ("full", "LoRA r=8", "DiffFit", "DiffFit r=1")},
+    domains=("near",),
     steps=30,
     sweep_steps=0,
     num_images=40,
-    feature_steps=40,
-    num_feature_images=200,
+    classifier_steps=100,
     max_samples=400,
+    batch_size=16,
     threads=2,
+    variants=(),
+    factors=(),
 )
 
 
-def attach(method: str, model: DiTTransformer2DModel) -> nn.Module:
-    """The model to train. The domains have the base's own classes, so the rows of DiffFit and BitFit start from its."""
-    if method in CONFIGS:
-        config = CONFIGS[method]
-        frozen = "embedding_table" in config.get("exclude_modules", [])
-        rows = {} if frozen else {"num_classes": adaptation.NUM_CLASSES, "init_class_rows": "base"}
+def attach(method: str, model: DiTTransformer2DModel, num_classes: int) -> nn.Module:
+    """The model to train. Every method trains the rows of the new classes, which start from the null row."""
+    if method in VARIANTS:
+        config = VARIANTS[method]
+        rows = {} if "embedding_table" in config.get("exclude_modules", []) else {"num_classes": num_classes}
         return get_peft_model(model, DiffFitConfig(**config, **rows))
-    if method == "LoRA r=2":  # of twice as many parameters as DiffFit at most, in a DiT-XL/2 too
-        conditioning.share(model)
-        return get_peft_model(model, LoraConfig(target_modules=methods.LAYERS, r=2, lora_alpha=2))
-    return methods.adapt(method, model)
+    return methods.adapt(method, model, num_classes)
 
 
 def ablation_table(study: Study, rows: dict[str, Rows]) -> str | None:
     """One run of each variant in each domain, with the first seed; `None` if there is none."""
     variants: dict[str, dict[str, dict]] = {}
     for domain, made in rows.items():
-        for name in OF_TABLE:
-            if name in made:
+        for name in made:
+            if name.startswith("DiffFit"):
                 variants.setdefault(name, {})[domain] = made[name][0][1]
         for name, run in study.variants(domain):
             if result := study.bench.stored(run):
                 variants.setdefault(name, {})[domain] = result
-    if not set(variants) - {*OF_TABLE}:
+    if not set(variants) - {*study.form.rates}:
         return None
     keys = ("loss", "fid")
     lines = []
@@ -130,9 +118,9 @@ def frechet_targets(domain: str, rows: Rows) -> list[dict]:
     """Fréchet distances, medians over the seeds, as DiffFit's share of the others'."""
     distance = {name: value for name, made in rows.items() if (value := center(made, "fid")) is not None}
     targets = []
-    for name in ("DiffFit", "DiffFit r=1"):
+    for name in ("DiffFit", "DiffFit r=1", "DiffFit r=4"):
         limit = 2 * rows[name][0][1]["parameters"] if name in distance else 0
-        others = [n for n in distance if n not in ("base", PER_TOKEN) and not n.startswith("DiffFit")]
+        others = [n for n in distance if n != "base" and not n.startswith("DiffFit")]
         small = [n for n in others if rows[n][0][1]["parameters"] <= limit]
         best = min(small, key=distance.__getitem__, default=None)
         for other, called in (("full", "full"), (best, f"the best method of at most twice its parameters ({best})")):
@@ -143,6 +131,24 @@ def frechet_targets(domain: str, rows: Rows) -> list[dict]:
     return targets
 
 
+def overview(study: Study, rows: dict[str, Rows]) -> Figure:
+    """Domains down, methods across: samples of the same classes and seeds in each cell, and real pictures."""
+    shown = [name for name in ("base", *list(RATES)[:4]) if any(name in made for made in rows.values())]
+    figure = Figure(figsize=(2.1 * (len(shown) + 1), 2.2 * len(rows)), dpi=130, layout="constrained")
+    axes = figure.subplots(len(rows), len(shown) + 1, squeeze=False)
+    for line, (domain, made) in zip(axes, rows.items(), strict=True):
+        for axis, name in zip(line, [*shown, "real"], strict=True):
+            tiles = study.real_tiles(domain, OVERVIEW) if name == "real" else None
+            if name in made:
+                tiles = study.tiles(made[name][0][0], OVERVIEW)
+            if tiles:
+                axis.imshow(make_image_grid(tiles, 4, 4), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], title=name if line is axes[0] else "")
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(domain)
+    return figure
+
+
 def report(study: Study, folder: Path) -> None:
     form = study.form
     rows = {domain: made for domain in form.domains if (made := stored(study, domain))}
@@ -150,21 +156,19 @@ def report(study: Study, folder: Path) -> None:
         raise SystemExit(f"{study.bench.folder} has no runs yet: start this script without --report.")
     example = study.base(form.domains[0])
     parts = [
-        f"The bundled base, adapted to {' and '.join(rows)} in {form.steps} steps of {example.batch_size} images. "
-        f"Median (range) of the runs with seeds {'; '.join(f'{seeds(made)} ({d})' for d, made in rows.items())}. Loss: "
-        "that of training, of the "
-        "held-out images at fixed noise. Fréchet distance, KID, precision and recall: of "
-        f"{form.num_images} samples, guidance {example.guidance_scale:g}, to the held-out images, by "
-        f"{FeatureNetwork.num_features} features of a classifier of emoji (`features.py`), real images having been "
-        "through the VAE. Distances of so few images compare methods, and mean nothing beside published ones. CPU "
-        "seconds were counted on a machine that may have been busy: for times see the section on training speed. "
-        "BitFit and DiffFit train the rows of the 98 classes, which start from the base's; PEFT's methods leave them "
-        "alone."
+        f"The bundled base, adapted to {', '.join(rows)} in {form.steps} steps of {example.batch_size} images. "
+        f"Seeds {'; '.join(f'{seeds(made)} ({d})' for d, made in rows.items())}. Loss: of the held-out images at fixed "
+        f"noise. Fréchet distance, KID, precision and recall: of {form.num_images} samples, guidance "
+        f"{example.guidance_scale:g}, to the held-out images, by 64 components of EfficientNet-Lite0's features. "
+        "Recognised: the share of samples that a classifier of the domain's classes takes for theirs. Distances of so "
+        "few images compare methods, and mean nothing beside published ones. CPU seconds were counted on a machine "
+        "that may have been busy: for times see the section on training speed. Every method trains the rows of the new "
+        "classes."
     ]
     parts += [f"## {domain}\n\n{comparison_table(study, domain, made)}" for domain, made in rows.items()]
     if ablation := ablation_table(study, rows):
         parts.append(
-            f"## Ablation\n\nSeed {form.seeds[0]}. DiffFit has γ as published, in blocks 0-3; with r there is no γ."
+            f"## Ablation\n\nSeed {form.seeds[0]}. DiffFit has γ as published, in blocks 0-2; with r there is no γ."
             f"\n\n{ablation}"
         )
     results = {
@@ -176,6 +180,8 @@ def report(study: Study, folder: Path) -> None:
         for domain, made in rows.items()
     }
     targets = [t for domain, made in rows.items() for t in frechet_targets(domain, made)]
+    picture = overview(study, rows)
+    write(folder / "domains.png", lambda partial: picture.savefig(partial, format="png"))
     title = "Quality at equal steps"
     publish(folder, "quality", title, "\n\n".join(parts), results, plot(study, rows), targets)
 

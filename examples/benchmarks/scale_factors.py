@@ -3,7 +3,7 @@
     python examples/benchmarks/scale_factors.py [--short]
 
 `docs/method.md` has the argument, `docs/results/scale_factors.md` what this measures. The base is the bundled one,
-which draws Noto emoji; the new domain is Twemoji. All that is compared works on the same layers: the six linear ones of
+which draws avatars; the new domain is Twemoji. All that is compared works on the same layers: the six linear ones of
 attention and feed-forward, in every block. With the same number of threads, the figures are the same in every run.
 """
 
@@ -27,8 +27,9 @@ from report import ROOT, header, machine, output_dir, parser, table, write_secti
 from torch import Tensor, nn
 from tqdm import tqdm
 
-EMOJI = ROOT / "examples/emoji"
+AVATARS = ROOT / "examples/avatars"
 NAME = "scale_factors"
+NULL_CLASS = 1000
 # What is trained: the parts of its parameters' names, and learning rates.
 TRAINED = {
     "δ": (["difffit_delta"], (1e-2, 3e-2, 1e-1)),
@@ -43,11 +44,12 @@ class Denoising:
     """The loss of some images of Twemoji; noise and timesteps are a function of `seed` and the step."""
 
     def __init__(self, pipe: DiTPipeline, file: str, count: int, seed: int) -> None:
-        images = load_labelled_images(train_data_dir=EMOJI / f"data/twemoji/{file}.parquet", max_samples=count, seed=0)
+        images = load_labelled_images(train_data_dir=AVATARS / f"data/far/{file}.parquet", max_samples=count, seed=0)
         with tempfile.TemporaryDirectory() as folder:
             data = encode_latents(pipe.vae, images, pipe.vae.config.sample_size, folder, random_flip=False)
             self.mean, self.std = (latents.transpose(0, 1).clone() for latents in (data.mean, data.std))
-        self.labels, self.seed = images.labels, seed
+        self.labels = torch.full_like(images.labels, NULL_CLASS)  # the base knows none of the classes
+        self.seed = seed
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 
     def __call__(self, model: nn.Module, rows: Tensor, step: int) -> Tensor:
@@ -91,7 +93,7 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     count, batch, points = (32, 4, (1, 2)) if args.short else (192, 8, (1, 4, 16))
     folder = output_dir(args)
-    pipe = DiTPipeline.from_pretrained(EMOJI / "base", dtype=torch.float32)
+    pipe = DiTPipeline.from_pretrained(AVATARS / "base", dtype=torch.float32)
     train, held_out = Denoising(pipe, "train", count, seed=0), Denoising(pipe, "test", count // 4, seed=1)
 
     @torch.no_grad()

@@ -23,7 +23,14 @@ from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, spread, table
 from torch import nn
 
-MEASURES = {"loss": "loss", "fid": "Fréchet distance", "kid": "KID", "precision": "precision", "recall": "recall"}
+MEASURES = {
+    "loss": "loss",
+    "fid": "Fréchet distance",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "recognised": "recognised",
+}
 NUM_SHOWN = 12  # samples of each method in the plot
 
 Rows = dict[str, list[tuple[Run, dict]]]
@@ -40,7 +47,7 @@ class Form:
         extensions: how often a sweep whose best learning rate is at its edge goes on beyond it.
         variants: methods that are run at DiffFit's learning rate, with the first seed.
         factors: of DiffFit's learning rate, run with the first seed; the first two before `variants`.
-        feature_steps, num_feature_images, max_samples: see `adaptation.Bench`.
+        classifier_steps, held_out, max_samples: see `adaptation.Bench`.
         threads: of the process of each domain; the figures depend on them a little, so they are the same everywhere.
     """
 
@@ -50,8 +57,8 @@ class Form:
     steps: int
     sweep_steps: int
     num_images: int
-    feature_steps: int
-    num_feature_images: int
+    classifier_steps: int
+    held_out: int
     max_samples: int | None = None
     resolution: int = 64
     batch_size: int = 16
@@ -127,6 +134,18 @@ class Study:
                 yield method, dataclasses.replace(difffit, method=method)
             for factor in self.form.factors[2:]:
                 yield f"learning rate x{factor:.2g}", _at(difffit, factor)
+
+    def tiles(self, run: Run, count: int) -> list[PIL.Image.Image]:
+        """`count` of a run's samples, at the same places in every run: those of a place are of one class and seed."""
+        grid = PIL.Image.open(self.bench.folder / "samples" / f"{run.name}.png")
+        side = grid.width // adaptation.COLUMNS
+        places = [divmod(i * run.num_images // count, adaptation.COLUMNS) for i in range(count)]
+        return [grid.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y, x in places]
+
+    def real_tiles(self, domain: str, count: int) -> list[PIL.Image.Image]:
+        """`count` held-out pictures of the classes of `tiles`."""
+        pictures = self.bench.held_out_pictures(domain, self.form.resolution, self.form.num_images)
+        return [PIL.Image.fromarray(pictures[i * len(pictures) // count].numpy()) for i in range(count)]
 
     def make(self, domain: str) -> None:
         """Makes all that is not made of a domain, the most telling first."""
@@ -225,13 +244,10 @@ def plot(study: Study, rows: dict[str, Rows]) -> Figure:
             lines.legend(fontsize=7)
         strips = {}
         for name, pairs in made.items():
-            grid = PIL.Image.open(study.bench.folder / "samples" / f"{pairs[0][0].name}.png")
-            side, count = grid.width // adaptation.COLUMNS, study.form.num_images
-            places = [divmod(i * count // NUM_SHOWN, adaptation.COLUMNS) for i in range(NUM_SHOWN)]
-            tiles = [grid.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y, x in places]
-            strips[name] = make_image_grid(tiles, 1, NUM_SHOWN)
+            strips[name] = make_image_grid(study.tiles(pairs[0][0], NUM_SHOWN), 1, NUM_SHOWN)
         if strips:
             pictures.imshow(make_image_grid(list(strips.values()), len(strips), 1))
+            side = next(iter(strips.values())).height
             pictures.set_yticks([(i + 0.5) * side for i in range(len(strips))], strips)
         pictures.set_xticks([])
         pictures.spines[:].set_visible(False)
@@ -242,7 +258,7 @@ def execute(
     description: str | None,
     long: Form,
     short: Form,
-    attach: Callable[[str, DiTTransformer2DModel], nn.Module],
+    attach: Callable[[str, DiTTransformer2DModel, int], nn.Module],
     report: Callable[[Study, Path], None],
 ) -> None:
     """What the command line of a benchmark does: makes the runs, those of each domain in a process, and reports.
@@ -260,13 +276,14 @@ def execute(
     form = short if args.short else long
     torch.set_num_threads(form.threads)
     folder = args.work_dir or ROOT / ("runs/quality-short" if args.short else "runs/quality")
-    bench = Bench(folder, attach, form.feature_steps, form.num_feature_images, form.max_samples)
+    bench = Bench(folder, attach, form.classifier_steps, form.held_out, form.max_samples)
     study = Study(form, bench, args.mixed_precision)
     if args.domain:
         study.make(args.domain)
         return
     if not args.report:
-        bench.prepare(form.resolution)
+        for domain in form.domains:
+            bench.prepare(domain, form.resolution)
         processes = [subprocess.Popen([sys.executable, *sys.argv, "--domain", domain]) for domain in form.domains]
         if any([process.wait() for process in processes]):
             raise SystemExit("A process failed (see above). What it had done is kept.")
