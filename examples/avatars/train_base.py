@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +236,10 @@ def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
     return (1000 * torch.sigmoid(-0.7 + 1.2 * torch.special.ndtri(quantiles))).long().clamp(0, 999)
 
 
-def train_dit(latents: list[Tensor], scheduler: DDIMScheduler, vae: AutoencoderKL, args: argparse.Namespace) -> None:
+def train_dit(
+    latents: list[Tensor], scheduler: DDIMScheduler, vae: AutoencoderKL, args: argparse.Namespace
+) -> DiTTransformer2DModel:
+    """The DiT with its averaged weights; what it draws on the way is kept in `--work_dir`."""
     torch.manual_seed(args.seed)
     dit = new_dit()
     initialise(dit)
@@ -273,6 +275,8 @@ def train_dit(latents: list[Tensor], scheduler: DDIMScheduler, vae: AutoencoderK
             ema.store(dit.parameters()), ema.copy_to(dit.parameters())
             write(dit, vae, scheduler, args.work_dir / f"step-{step + 1:06d}")
             ema.restore(dit.parameters())
+    ema.copy_to(dit.parameters())
+    return dit
 
 
 def write(trained: DiTTransformer2DModel, vae: AutoencoderKL, scheduler: DDIMScheduler, folder: Path) -> None:
@@ -300,7 +304,9 @@ def main() -> None:
     parser.add_argument("--vae_init", help="an AutoencoderKL of the same widths to start from")
     parser.add_argument("--vae_steps", type=int, default=2400)
     parser.add_argument("--decoder_steps", type=int, default=2400)
-    parser.add_argument("--stage", choices=["all", "decoder", "dit"], default="all", help="so that two can run at once")
+    parser.add_argument(
+        "--stage", choices=["all", "decoder", "dit"], default="all", help="decoder and dit can run at once; then all"
+    )
     parser.add_argument("--pictures_per_style", type=int, default=5000)
     parser.add_argument("--dit_steps", type=int, default=40000)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -321,9 +327,9 @@ def main() -> None:
     if args.stage != "dit":
         refine_decoder(vae, styles, args)
     if args.stage != "decoder":
-        train_dit(latents, scheduler, vae, args)
-    shutil.copytree(args.work_dir / f"step-{args.dit_steps:06d}", args.output_dir, dirs_exist_ok=True)
-    print(f"{args.output_dir}: {sum(f.stat().st_size for f in args.output_dir.rglob('*') if f.is_file()):,} bytes")
+        write(train_dit(latents, scheduler, vae, args), vae, scheduler, args.output_dir)
+        size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
+        print(f"{args.output_dir}: {size:,} bytes")
 
 
 if __name__ == "__main__":
