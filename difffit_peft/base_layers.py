@@ -24,12 +24,17 @@ def is_plain_linear(layer: nn.Module) -> bool:
     )
 
 
-def is_placed_by_peft(module: nn.Module) -> bool:
-    """Whether PEFT can put `module` where an adapter's layer was or is to be.
+class PlacedModules:
+    """Puts modules where a layer of an adapter was or is to be, for the PEFT tuner that is the next base class.
 
-    It sets `weight` on what is not an adapter's layer (peft 0.21), which others call otherwise, or do not have.
+    PEFT sets `weight` on what is not an adapter's layer (peft 0.21), which others call otherwise, or do not have.
     """
-    return hasattr(module, "base_layer") or "weight" in module._parameters
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer") or "weight" in new_module._parameters:
+            super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
+        else:
+            setattr(parent, child_name, new_module)
 
 
 def value_shape(layer: nn.Module) -> tuple[int, ...]:

@@ -15,13 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .attach import prepare, restore
-from .base_layers import is_placed_by_peft
+from .base_layers import PlacedModules
 from .config import DiffFitConfig
 from .merging import merge_layers, names_to_merge, owners_of_parameters
 from .model import DiffFitModel
 
 
-class DiffFitMixedModel(MixedModel):
+class DiffFitMixedModel(PlacedModules, MixedModel):
     """PEFT's `MixedModel`, which knows DiffFit too."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -45,12 +45,6 @@ class DiffFitMixedModel(MixedModel):
             DiffFitModel._create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if is_placed_by_peft(new_module):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
 
     @staticmethod
     def _key(key: str) -> str:

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .attach import check_weight_names, layer_class, named_layers, prepare, restore
-from .base_layers import is_placed_by_peft
+from .base_layers import PlacedModules
 from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
 from .config import DiffFitConfig, finite, short
@@ -27,7 +27,7 @@ from .publishing import base_model_id
 from .targets import exactly, matching
 
 
-class DiffFitModel(BaseTuner):
+class DiffFitModel(PlacedModules, BaseTuner):
     """Adapts a model with DiffFit; made by `peft.get_peft_model(model, DiffFitConfig())`.
 
     While attached, the model is as its family needs it for adapters (`difffit_peft.families`). `unload()` and
@@ -92,12 +92,6 @@ class DiffFitModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if is_placed_by_peft(new_module):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
