@@ -142,3 +142,25 @@ def test_a_profile_shows_the_longest_of_any_method_and_sums_up():
     lines = training_speed.profile_table(profiles).splitlines()[2:]
     assert lines[0] == "| op0 | 0.000 | 20.000 |" and len(lines) == training_speed.NUM_OPERATORS + 2
     assert lines[-2:] == ["| all others | 6.000 | 0.000 |", "| sum | 66.000 | 20.000 |"]
+
+
+def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size():
+    results = {
+        name: training_speed.on_device(name, "cpu", side=4, batch=2, compiled=False, num_layers=1, steps=2)
+        for name in ("full", "DiffFit")
+    }
+    assert all(len(result["seconds"]) == 2 and result["peak_bytes"] > 0 for result in results.values())
+    lines = training_speed.device_tables({32: {2: results, 4: dict.fromkeys(results)}}).splitlines()
+    assert lines[0] == "| 32 pixels | batch 2 | batch 4 | within 24 GB | within 80 GB |"
+    assert "(1.00x, " in lines[2] and "does not fit" in lines[3] and lines[3].endswith(" at 2 |")
+
+
+def test_methods_of_peft_train_the_same_class_rows():
+    for name in ("LoRA r=2", "BitFit"):
+        weights = methods.trained(methods.adapt(name, make_dit(), num_classes=5))
+        rows = [weight for key, weight in weights.items() if "embedding_table" in key]
+        assert [weight.shape for weight in rows] == [(6, 16)], name
+        assert ("lora" in "".join(weights)) == (name == "LoRA r=2")
+    full = methods.adapt("full", make_dit(), num_classes=5)
+    table = full.norm1_emb.class_embedder.embedding_table.weight
+    assert torch.equal(table[:5], table[-1:].expand(5, -1)) and not torch.equal(table[5], table[-1])

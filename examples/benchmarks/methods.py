@@ -72,18 +72,23 @@ METHODS = ("full", "BitFit", *_PEFT, "LN tuning", *DIFFFIT)
 """In the order in which tables show them; `adapt` also takes "floor". "LN tuning" has nothing to train in a DiT."""
 
 
-def dit_xl_2(num_layers: int = 28, dtype: torch.dtype = torch.float32) -> DiTTransformer2DModel:
-    """A DiT-XL/2 for 256 x 256 pixels with random weights, whose blocks hold equal copies of one embedder.
+def dit_xl_2(num_layers: int = 28, dtype: torch.dtype = torch.float32, sample_size: int = 32) -> DiTTransformer2DModel:
+    """A DiT-XL/2 with random weights, whose blocks hold equal copies of one embedder.
 
     Args:
         num_layers: number of blocks; other than 28 for something of the same width but less depth.
         dtype: of its weights, from the start: nothing is allocated twice.
+        sample_size: side of its latents: 32 for 256 x 256 pixels.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         model = DiTTransformer2DModel(
-            num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=num_layers, sample_size=32
+            num_attention_heads=16,
+            attention_head_dim=72,
+            out_channels=8,
+            num_layers=num_layers,
+            sample_size=sample_size,
         )
     finally:
         torch.set_default_dtype(default)
