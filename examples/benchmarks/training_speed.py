@@ -216,8 +216,8 @@ def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
     about = (
         f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; DiT-XL/2, 28 blocks, random weights, bf16 "
         f"autocast, frozen weights in bf16{', torch.compile' if args.torch_compile else ''}. Images a second, median "
-        "of 10 steps after 3, as a multiple of full fine-tuning's, and the peak of allocated memory. On the right: at the "
-        "largest of these batches that fits."
+        "of 10 steps after 3, as a multiple of full fine-tuning's, and the peak of allocated memory. On the right: at "
+        "the largest of these batches that fits."
     )
     first = found[pixels[0]][batches[0]]
     if not all(first.get(name) for name in ("full", "DiffFit")):
