@@ -5,15 +5,13 @@
 Samples of every class are compared with as many held-out pictures of it. Their Fréchet distance stands beside that of
 other real pictures, by the features of EfficientNet-Lite0 and by those of a classifier of the base's styles and the
 domains', which never saw a held-out picture. How well the VAE keeps pictures is told too, of the base's styles and of
-those that neither it nor the DiT has seen. Writes `base.json` and `base.png` to `--output_dir`.
+those that neither it nor the DiT has seen. Writes `base.md`, `base.json` and `base.png` to `--output_dir`.
 """
 
-import argparse
-import json
+import sys
 from pathlib import Path
 
 import torch
-from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
 from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
@@ -21,7 +19,10 @@ from matplotlib.figure import Figure
 from render import BASE, CACHE, DOMAINS
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from report import output_dir, parser, publish, table, target  # noqa: E402
+
+NETWORKS = ("EfficientNet-Lite0", "classifier")
 
 
 @torch.no_grad()
@@ -36,15 +37,15 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=Path, nargs="+", required=True, help="pipelines, in their order")
-    parser.add_argument("--output_dir", type=Path, default=HERE.parents[1] / "docs/results")
-    parser.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
-    parser.add_argument("--per_class", type=int, default=25, help="samples of each class")
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
-    parser.add_argument("--num_inference_steps", type=int, default=15)
-    parser.add_argument("--classifier_steps", type=int, default=1500)
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--steps", type=Path, nargs="+", required=True, help="pipelines, in their order")
+    arguments.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
+    arguments.add_argument("--per_class", type=int, default=10, help="samples of each class")
+    arguments.add_argument("--guidance_scale", type=float, default=2.0)
+    arguments.add_argument("--num_inference_steps", type=int, default=15)
+    arguments.add_argument("--classifier_steps", type=int, default=1500)
+    args = arguments.parse_args()
+    args.per_class = 4 if args.short else args.per_class
 
     styles = [(style, {}) for style in BASE]
     domains = [new for name in ("near", "middle") for new in DOMAINS[name].values()]
@@ -54,7 +55,7 @@ def main() -> None:
     torch.manual_seed(0)
     classifier = Classifier(len(styles + domains))
     classifier.fit(train, torch.arange(len(styles + domains)).repeat_interleave(200), args.classifier_steps)
-    networks = {"EfficientNet-Lite0": ImageNetFeatures(train[: 200 * len(BASE) : 4]), "classifier": classifier}
+    networks = dict(zip(NETWORKS, (ImageNetFeatures(train[: 200 * len(BASE) : 4]), classifier), strict=True))
 
     def measures(images: torch.Tensor) -> dict[str, float]:
         distances = {name: frechet_distance(network, held_out, images) for name, network in networks.items()}
@@ -74,18 +75,41 @@ def main() -> None:
     decibels = {"base": psnr(pipe.vae, held_out[::3]), "unseen": psnr(pipe.vae, unseen)}
     print("VAE, dB:", {name: round(value, 1) for name, value in decibels.items()})
     about = {"vae_psnr": decibels, "per_class": args.per_class, "guidance_scale": args.guidance_scale}
-    text = json.dumps({**about, "results": results}, indent=1)
-    write(args.output_dir / "base.json", lambda partial: partial.write_text(text + "\n"))
-    if len(args.steps) < 2:
-        return
+    report(output_dir(args), about, results)
+
+
+def report(folder: Path, about: dict, results: dict[str, dict[str, float]]) -> None:
+    """Publishes what was measured: `results[pipeline]` and `results["real"]` by measure."""
+    steps = {int(name.rpartition("-")[2]): measured for name, measured in results.items() if name != "real"}
+    real_ones, best = results["real"], steps[max(steps)]
+    rows = [(str(step), *(f"{value:.3g}" for value in measured.values())) for step, measured in steps.items()]
+    columns = ("steps", *(f"Fréchet distance, {name}" for name in NETWORKS), "recognised")
+    markdown = (
+        f"Samples of the {len(BASE)} classes, {about['per_class']} of each, guidance {about['guidance_scale']:g}, "
+        "against as many held-out pictures, by 64 components of EfficientNet-Lite0's features and by the 64 features "
+        "of a classifier of the styles, which also says how many samples it takes for their class.\n\n"
+        f"{table(columns, [*rows, ('other real pictures', *(f'{value:.3g}' for value in real_ones.values()))])}\n\n"
+        f"The VAE gives pictures of the base's styles back at {about['vae_psnr']['base']:.1f} dB, those of styles that "
+        f"neither it nor the DiT has seen at {about['vae_psnr']['unseen']:.1f} dB."
+    )
+    targets = [target("samples of the base that a classifier takes for their class", "≥", 0.95, best["recognised"])]
+    for name in NETWORKS:
+        share = best[name] / real_ones[name]
+        targets.append(target(f"Fréchet distance of the base ÷ of real pictures, {name}", "≤", 3, share))
+    earlier = steps[min(step for step in steps if step >= 0.75 * max(steps))]
+    improved = 100 * (1 - best[NETWORKS[0]] / earlier[NETWORKS[0]])
+    targets.append(
+        target(f"Fréchet distance, {NETWORKS[0]}: better by the last quarter of the steps, %", "≤", 3, improved)
+    )
+    for kind, least in (("base", 30), ("unseen", 28)):
+        targets.append(target(f"VAE, styles: {kind}, dB", "≥", least, about["vae_psnr"][kind]))
     figure = Figure(figsize=(9, 3), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 3), results["real"], strict=True):
-        steps = [int(folder.name.rpartition("-")[2]) for folder in args.steps]
-        axis.plot(steps, [results[folder.name][name] for folder in args.steps], marker=".")
-        axis.axhline(results["real"][name], color="gray", linestyle=":")
+    for axis, name in zip(figure.subplots(1, 3), real_ones, strict=True):
+        axis.plot([*steps], [measured[name] for measured in steps.values()], marker=".")
+        axis.axhline(real_ones[name], color="gray", linestyle=":")
         title = "samples taken for their class" if name == "recognised" else f"Fréchet distance, {name}"
         axis.set(title=title, xlabel="steps", ylim=(0, None))
-    write(args.output_dir / "base.png", lambda partial: figure.savefig(partial, format="png", dpi=120))
+    publish(folder, "base", "The bundled base", markdown, {**about, "results": results}, figure, targets)
 
 
 if __name__ == "__main__":
