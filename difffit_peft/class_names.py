@@ -20,11 +20,11 @@ from .config import nearest, plain, short
 def names_of_adapters(configs: Iterable[PeftConfig]) -> dict[int, str] | None:
     """Names of the classes under these adapters: of the first that has any. `None`: the base's.
 
-    New classes, which start from the null row, are not the base's: without names in the config they have none.
+    New classes, which do not start from their own rows, are not the base's: without names in the config they have none.
     """
     configs = list(configs)
     named = next((config.id2label for config in configs if getattr(config, "id2label", None)), None)
-    new = any(getattr(config, "num_classes", None) and config.init_class_rows == "null" for config in configs)
+    new = any(getattr(config, "num_classes", None) and config.init_class_rows != "base" for config in configs)
     return named or ({} if new else None)
 
 

@@ -31,12 +31,13 @@ class DiffFitEmbedding(DiffFitLayer):
     def update_layer(self, adapter_name: str, config: DiffFitConfig, **target: Any) -> None:
         """Adds an adapter of K = `config.num_classes` classes, or of all the table's.
 
-        Where K is given and `config.init_class_rows` is "null", each class starts as the null class, else as it was.
+        Where K is given, each class starts where `config.init_class_rows` says.
         """
         super().update_layer(adapter_name, config, **target)
-        table, classes = self._base()["weight"], config.num_classes
-        if config.init_weights and classes is not None and config.init_class_rows == "null" and not table.is_meta:
-            self.difffit_delta[adapter_name].data[:-1] = table[-1].float() - table[:classes].float()
+        table, classes, start = self._base()["weight"], config.num_classes, config.init_class_rows
+        if config.init_weights and classes is not None and start != "base" and not table.is_meta:
+            rows = [-1] if start == "null" else start
+            self.difffit_delta[adapter_name].data[:-1] = table[rows].float() - table[:classes].float()
 
     def blend(self, adapter_name: str, weights: dict[str, float]) -> None:
         if adapter_name not in self.difffit_delta:

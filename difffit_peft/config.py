@@ -48,7 +48,8 @@ class DiffFitConfig(PeftConfig):
             `None`: every row of the table.
         id2label: names of those classes, `{0: "apple pie", ...}`. Sets `num_classes` and travels with the adapter.
         init_class_rows: where the rows of `num_classes` start. "null": from the null row, the class "anything". "base":
-            from the base's own rows, for classes that the base knows by the same indices.
+            from the base's own rows, for classes that the base knows by the same indices. A list: from the rows of
+            these classes of the base, one for each new class, which is like it.
         sample_size: side of the latents the adapter is made for. `None`: the base's own.
         background: colour that was behind transparent training images: a name that Pillow knows, or #rrggbb. It travels
             with the adapter, so that an evaluation sees images as training did.
@@ -83,8 +84,9 @@ class DiffFitConfig(PeftConfig):
     id2label: dict[int, str] | None = field(
         default=None, metadata={"help": "Names of the classes, {0: 'apple pie', ...}; implies num_classes."}
     )
-    init_class_rows: Literal["null", "base"] = field(
-        default="null", metadata={"help": "Start the classes from the null row, or from the base's rows."}
+    init_class_rows: Literal["null", "base"] | list[int] = field(
+        default="null",
+        metadata={"help": "Start the classes from the null row, from the base's rows, or from these of them."},
     )
     sample_size: int | None = field(default=None, metadata={"help": "Latent side to adapt to. None: the base's own."})
     background: str | None = field(
@@ -137,6 +139,7 @@ class DiffFitConfig(PeftConfig):
         if self.low_rank_modules and not self.r:
             raise ValueError(f"low_rank_modules={short(self.low_rank_modules)}: give a rank too, such as r=1.")
         self._check_classes()
+        self._check_class_rows()
         if self.sample_size is not None and not (_is_int(self.sample_size) and self.sample_size > 0):
             raise ValueError(f"sample_size={short(self.sample_size)}: the side of the latents is an integer above 0.")
         if self.background is not None:
@@ -173,11 +176,6 @@ class DiffFitConfig(PeftConfig):
         return reading.read_adapter(folder)[0] if has_weights else reading.read_config(folder)
 
     def _check_classes(self) -> None:
-        if self.init_class_rows not in ("null", "base"):
-            raise ValueError(
-                f"init_class_rows={short(self.init_class_rows)}: must be 'null' or 'base'."
-                + nearest(self.init_class_rows, ["null", "base"])
-            )
         if self.num_classes is not None and not (_is_int(self.num_classes) and self.num_classes >= 1):
             raise ValueError(f"num_classes={short(self.num_classes)}: must be an integer of at least 1, or None.")
         if self.id2label is None:
@@ -204,6 +202,24 @@ class DiffFitConfig(PeftConfig):
                 "make them equal, or leave num_classes out."
             )
         self.num_classes = len(self.id2label)
+
+    def _check_class_rows(self) -> None:
+        rows = plain(self.init_class_rows)
+        if isinstance(rows, str):
+            if rows not in ("null", "base"):
+                raise ValueError(
+                    f"init_class_rows={short(rows)}: must be 'null', 'base', or a list of classes of the base."
+                    + nearest(rows, ["null", "base"])
+                )
+            return
+        if not _is_list(rows) or not self.num_classes or len(rows) != self.num_classes:
+            raise ValueError(
+                f"init_class_rows={short(rows)}: must be 'null', 'base', or a list of classes of the base, one for "
+                f"each of the {self.num_classes or 0} new ones."
+            )
+        self.init_class_rows = [plain(row) for row in rows]
+        if not all(_is_int(row) and row >= 0 for row in self.init_class_rows):
+            raise ValueError(f"init_class_rows={short(rows)}: classes of the base are integers from 0 up.")
 
 
 def nearest(given: Any, allowed: list[str]) -> str:

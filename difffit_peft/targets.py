@@ -79,6 +79,11 @@ def plan(
                 f"num_classes={config.num_classes}, but the class table of this model has rows for {layer.num_classes} "
                 "classes and the null class: at most that many can be adapted."
             )
+        if not isinstance(config.init_class_rows, str) and max(config.init_class_rows) >= (layer.num_classes or 0):
+            raise ValueError(
+                f"init_class_rows names the class {max(config.init_class_rows)}, but the base has the classes 0 to "
+                f"{(layer.num_classes or 0) - 1}."
+            )
         planned[name] = Target(delta=name in targets or config.num_classes is not None)
     planned = {name: target for name, target in planned.items() if target != Target() and name not in excluded}
     if not planned:

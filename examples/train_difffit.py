@@ -14,6 +14,7 @@ import PIL.Image
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft.class_names import class_indices
 from difffit_peft.training.arguments import latent_factor, load_base, load_images, training_parser
 from difffit_peft.training.losses import training_scheduler
 from difffit_peft.training.objective import class_conditional
@@ -24,7 +25,13 @@ from difffit_peft.training.visualize import sample_grid
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser, _, show = training_parser(__doc__)
+    parser, model, show = training_parser(__doc__)
+    model.add_argument(
+        "--init_classes",
+        nargs="+",
+        help="classes of the base, by name or index, that the new classes are like and start from, one for each in "
+        "their order; default: the null class, or the base's own where it knows all of them",
+    )
     show.add_argument("--validation_labels", nargs="+", help="classes, by name or index; default: up to four of them")
     return parser.parse_args(argv)
 
@@ -70,11 +77,18 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
     shown = list(range(0, len(names), math.ceil(len(names) / 4)))
     if args.validation_labels:
         shown = [images.class_index(label) for label in args.validation_labels]
-    identity = {"classes": names} | identity_of(args, accelerator, pipe.transformer)
-    same_classes = images.classes_agree(pipe.id2label)
+    start: str | list[int] = "base" if images.classes_agree(pipe.id2label) else "null"
+    if args.init_classes:
+        if len(args.init_classes) != len(names):
+            raise ValueError(
+                f"--init_classes has {len(args.init_classes)} classes, but the images have {len(names)}: "
+                f"{', '.join(names[:12])}. Give one class of the base for each, in this order."
+            )
+        start = class_indices(args.init_classes, pipe.id2label, pipe.transformer.config.num_embeds_ada_norm)
+    identity = {"classes": names, "init_class_rows": start} | identity_of(args, accelerator, pipe.transformer)
     config = DiffFitConfig(
         id2label=dict(enumerate(names)),
-        init_class_rows="base" if same_classes else "null",
+        init_class_rows=start,
         gamma_modules=args.gamma_modules,
         gamma_layers=args.gamma_layers,
         r=args.r,
@@ -102,11 +116,10 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
         resolution=resolution,
         about=f"{len(train)} images in {len(names)} classes at {resolution}x{resolution}, {len(held_out)} more held "
         "out for the validation loss\n"
-        + (
-            "Classes start from the base's own rows: it knows each of them by the same name and index."
-            if same_classes
-            else "Classes start from the base's null row: its classes are others."
-        ),
+        + {
+            "base": "Classes start from the base's own rows: it knows each of them by the same name and index.",
+            "null": "Classes start from the base's null row: its classes are others.",
+        }.get(str(start), "Classes start from the rows of these of the base: " + ", ".join(args.init_classes or [])),
         identity=identity,
         shown=[names[i] for i in shown],
         sample=sample,

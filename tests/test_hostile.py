@@ -31,7 +31,7 @@ FIELDS = {
         *({}, [], "fox", 3, {"x": "fox"}, {"-1": "fox"}, {"0": "fox", "2": "owl"}, {"0": 1}, {"0": None}),
         *({"0": ["fox"]}, {"0": "fox"}, {str(i): "fox" for i in range(2_000)}, {"9" * 5_000: "fox"}),
     ],
-    "init_class_rows": ["zero", "../null", 3, None, [], {}],
+    "init_class_rows": ["zero", "../null", 3, None, [], {}, ["0"], [0.5], [10**6] * 2],
     "sample_size": [n for n in NUMBERS if n] + [0, 7, 10**9, 130],
     "background": ["sky", "", "#ffffff80", "white" * 5_000, 3, True, [], ["red"], {"r": 1}],
     "modules_to_save": ["proj_out_2", ["(a+)+$"], [".*"], [""], ["../x"], [3], ["nowhere"], ["x"] * 5_000, {"a": 1}],

@@ -145,6 +145,16 @@ def test_classes_the_base_knows_start_as_they_are(dit, inputs):
     assert torch.equal(outputs(model, inputs), expected)
 
 
+def test_new_classes_start_as_the_classes_they_are_like(dit, inputs):
+    like = {**inputs, "class_labels": torch.tensor([9, 4, NULL, 7, 9])}
+    expected = outputs(dit, like)
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3, init_class_rows=[9, 9, 4]))
+    given = outputs(model, {**inputs, "class_labels": torch.tensor([0, 2, NULL, 7, 1])})
+    assert torch.allclose(given, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="names the class 1000, but the base has the classes 0 to 999"):
+        get_peft_model(make_dit(), DiffFitConfig(num_classes=1, init_class_rows=[1000]))
+
+
 def test_disabled_is_the_base_after_training(dit, inputs):
     expected = outputs(dit, inputs)
     before = {name: p.clone() for name, p in dit.state_dict().items()}

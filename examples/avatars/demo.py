@@ -1,12 +1,13 @@
-"""Fine-tunes the bundled base of avatars to styles of faces it has never seen, and shows what changed.
+"""Fine-tunes the bundled base of avatars to new classes, and shows what changed.
 
     make demo
+    .venv/bin/python examples/avatars/demo.py --domain near  # styles of faces that the base has never seen
 
 Trains an adapter with `examples/train_difffit.py`, loads it into a fresh stock `DiTPipeline`, and writes
-`demo/before_after.png`: for each new style the base's pictures of some seeds, the adapter's, and real ones. The base
-does not know the styles: it draws "anything" (the null class, from which the new classes start). Also measured: the
-Fréchet distance of both to pictures held out from training, and how many of the adapter's a classifier of styles takes
-for theirs.
+`demo/before_after.png`: for each new class the base's pictures of some seeds, the adapter's, and real ones. The base
+does not know the classes: it draws the style that a class is a variant of, and from whose row the class starts; where
+there is none, "anything" (the null class). Also measured: the Fréchet distance of both to pictures held out from
+training, and how many of the adapter's a classifier takes for their class.
 """
 
 import argparse
@@ -101,18 +102,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--base", type=Path, default=HERE / "base")
-    parser.add_argument("--domain", choices=list(DOMAINS), default="near")
-    parser.add_argument("--max_train_steps", type=positive_int, default=500)
+    parser.add_argument("--domain", choices=list(DOMAINS), default="inside")
+    parser.add_argument("--max_train_steps", type=positive_int, default=300)
     parser.add_argument("--learning_rate", type=float, default=8e-3)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
     args = parser.parse_args()
 
     adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
     precision = fastest_precision()
-    result = train_adapter(args.base, args.domain, adapter, cache, precision, args.max_train_steps, args.learning_rate)
-
     names, new = zip(*DOMAINS[args.domain].items(), strict=True)
+    like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
+    start = [] if NULL_CLASS in like else ["--init_classes", *(style for style, _ in new)]
+    steps, rate = args.max_train_steps, args.learning_rate
+    result = train_adapter(args.base, args.domain, adapter, cache, precision, steps, rate, *start)
+
     train = real(new, CLASSIFIED, "train", cache)
     known = real([(style, {}) for style in BASE], CLASSIFIED, "train", cache)
     held_out, other = (real(new, HELD_OUT, split, cache) for split in ("test", "other"))
@@ -122,7 +126,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
     how = (args.guidance_scale, args.num_inference_steps)
-    before = sample(pipe, [NULL_CLASS] * len(labels), *how, "Sampling the base")
+    before = sample(pipe, [like[label] for label in labels], *how, "Sampling the base")
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
     after = sample(pipe, labels, *how, "Sampling the adapted model")
 
@@ -142,7 +146,7 @@ def main() -> None:
     print(
         f"\nFréchet distance to {len(held_out)} held-out pictures, on 64 components of EfficientNet-Lite0's features: "
         f"base {distance['base']:.1f}, adapted {distance['adapted']:.1f} (other real ones: {distance['real']:.1f})\n"
-        f"Adapted samples that a classifier of {len(new) + len(BASE)} styles takes for theirs: "
+        f"Adapted samples that a classifier of {len(new) + len(BASE)} classes takes for theirs: "
         f"{recognised['after']:.0%} (other real ones: {recognised['real']:.0%})\n"
         f"Trained parameters: {result.trained_parameters:,}, {result.trained_share:.2%} of the base's\n"
         f"Adapter: {adapter}, {result.adapter_bytes:,} bytes\n"
