@@ -21,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import make_pipeline
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from difffit_peft import DiffFitDiTPipeline
@@ -135,6 +135,13 @@ def test_saves_the_average_of_the_weights(script, workdir):
     for name in average:
         expected = decay * first[name] + (1 - decay) * second[name]
         torch.testing.assert_close(average[name], expected, rtol=0, atol=1e-6)
+
+
+def test_starts_from_the_classes_that_are_named(script, workdir, capsys):
+    flags = ("--num_validation_images", "0", "--max_train_steps", "1", "--init_classes", "7", "7", "3")
+    result = run(script, workdir, "like", *flags)
+    assert PeftConfig.from_pretrained(result.output_dir).init_class_rows == [7, 7, 3]
+    assert "Classes start from the rows of these of the base: 7, 7, 3" in capsys.readouterr().out
 
 
 def test_starts_from_the_bases_rows_when_the_labels_agree(script, workdir, capsys):
@@ -567,6 +574,8 @@ def test_what_a_run_leaves_to_see(script, workdir):
     [
         (["--resolution", "30"], "--resolution is 30.*multiples of 4: 28 or 32"),
         (["--num_held_out_images", "12"], "--num_held_out_images is 12: it must be 0 to 11"),
+        (["--init_classes", "1"], "--init_classes has 1 classes, but the images have 3: ant, bee, cow"),
+        (["--init_classes", "1", "2", "bee"], "'bee' is not a class: give an index from 0 to 999"),
         (["--validation_labels", "beee"], "'beee' is not a class.*Did you mean 'bee'"),
         pytest.param(["--mixed_precision", "fp16"], "fp16 needs a GPU, and this is a CPU", marks=CPU),
         (["--label_column", "class"], "label_column is 'class'.*'image', 'label'"),
