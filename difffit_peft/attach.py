@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .base_layers import is_supported
+from .base_layers import is_supported, takes_bias
 from .class_rows import DiffFitEmbedding
 from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
@@ -78,7 +78,9 @@ def named_layers(model: nn.Module, family: Family) -> dict[str, Layer]:
         kind = type(base).__name__
         if is_supported(base):
             rank = min(base.in_features, base.out_features) if isinstance(base, nn.Linear) else 0
-            layers[name] = Layer(kind, getattr(base, "bias", None) is not None, is_norm(base), rank)
+            own = next((layer._base() for layer in module.modules() if isinstance(layer, DiffFitLayer)), None)
+            bias = getattr(base, "bias", None) is not None if own is None else "bias" in own  # merged, it may have one
+            layers[name] = Layer(kind, bias, takes_bias(base) and not bias, norm=is_norm(base), max_rank=rank)
         elif isinstance(base, BareParameter):
             layers[name] = Layer(kind, bias=True, parameter=True)
         elif family.class_table and isinstance(base, nn.Embedding) and name.endswith(family.class_table):

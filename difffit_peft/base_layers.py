@@ -15,6 +15,11 @@ def is_supported(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)) or is_norm(layer)
 
 
+def takes_bias(layer: nn.Module) -> bool:
+    """Whether `layer` computes with its `bias` wherever that is not None. Norms are left as they are."""
+    return "bias" in layer._parameters and not is_norm(layer)
+
+
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether to call `layer` is to multiply by its weight and add its bias, and nothing else."""
     return (

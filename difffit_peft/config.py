@@ -42,6 +42,8 @@ class DiffFitConfig(PeftConfig):
             family, within `target_modules`. `[]`: none.
         gamma_layers: indices of the blocks whose layers may get γ, in each list of blocks. `None`: those of the
             preset; all blocks where `gamma_modules` names layers.
+        new_biases: also δ on linear layers and convolutions that have no bias, which newer transformers have few of.
+            Not the paper's. A merge gives such layers a bias, which Diffusers' `from_pretrained` does not load.
         r: rank of a change B A of the weight, y = γ ⊙ (W x + B A x + b + δ), as LoRA's with alpha = r. 0: none.
         low_rank_modules: linear layers that get it, named in the same two ways. `None`: the preset of the family.
         num_classes: number of classes of the new domain, K. Trains rows 0..K-1 of the class table and the null row.
@@ -74,6 +76,7 @@ class DiffFitConfig(PeftConfig):
     gamma_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the blocks whose layers may get γ. None: the preset's."}
     )
+    new_biases: bool = field(default=False, metadata={"help": "Also δ on layers that have no bias."})
     r: int = field(default=0, metadata={"help": "Rank of a change of the weight, as LoRA's. 0: none, as in the paper."})
     low_rank_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Linear layers that get it. None: the family's preset."}
@@ -149,8 +152,9 @@ class DiffFitConfig(PeftConfig):
             raise ValueError(f"trained_guidance_scale={short(trained)}: must be a finite number above 0, or None.")
         if self.base_config is not None and not isinstance(self.base_config, dict):
             raise ValueError(f"base_config={short(self.base_config)}: must be a dict, or None.")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights={short(self.init_weights)}: must be True or False.")
+        for name in ("new_biases", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={short(getattr(self, name))}: must be True or False.")
 
     @classmethod
     def from_pretrained(

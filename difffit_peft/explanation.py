@@ -24,6 +24,7 @@ from .targets import Layer, plan
 
 _FILTER = ("bias", "norm", "gamma", "y_embed")  # of the published code, on the names of parameters
 _OF_LAYERS = {"difffit_gamma": "scale factors γ", "difffit_delta": "biases δ"}
+_NEW_BIASES = "new biases δ"
 _OF_NORMS = {"difffit_gamma": "norms' weights γ", "difffit_delta": "norms' biases δ"}
 
 
@@ -229,7 +230,7 @@ def _left_out(
             base = modules[name]
             base = base.get_base_layer() if isinstance(base, DiffFitLayer) else base
             size = math.prod(DiffFitLayer.shapes(base, DiffFitConfig(), delta=True)["difffit_delta"])
-            yield name, "bias", size, reasons.get(name, "the layer has no bias")
+            yield name, "bias", size, reasons.get(name, "the layer has no bias (see new_biases)")
 
 
 def _unknown(module: nn.Module) -> str:
@@ -243,7 +244,7 @@ def _unknown(module: nn.Module) -> str:
 
 
 def _order(row: Row, family: Family) -> tuple[int, str, int]:
-    kinds = [*_OF_LAYERS.values(), *_OF_NORMS.values()]
+    kinds = [*_OF_LAYERS.values(), _NEW_BIASES, *_OF_NORMS.values()]
     blocks = [*(family.blocks or ()), row.where]
     return kinds.index(row.kind) if row.kind in kinds else len(kinds), row.kind, blocks.index(row.where)
 
@@ -251,6 +252,8 @@ def _order(row: Row, family: Family) -> tuple[int, str, int]:
 def _kind(kind: str, layer: Layer | None) -> str:
     if layer is not None and layer.num_classes is not None:
         return "class rows"
+    if kind == "difffit_delta" and layer is not None and layer.takes_bias:
+        return _NEW_BIASES
     names = _OF_NORMS if layer is not None and layer.norm else _OF_LAYERS
     return names.get(kind, f"low rank {kind[-1]}" if kind in ("difffit_A", "difffit_B") else kind)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -22,6 +23,10 @@ from .times_gamma import TimesGamma
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
 _NEUTRAL = {"difffit_gamma": 1.0, "difffit_delta": 0.0, "difffit_A": 0.0, "difffit_B": 0.0}
+_NEW_BIAS = (
+    "The merge gives biases to layers that had none (new_biases=True). The model computes with them and saves them, "
+    "but from_pretrained makes its class without them, and drops them. To use the result elsewhere, save the adapter."
+)
 
 
 def names_in(entry: Entry) -> tuple[str, ...]:
@@ -36,7 +41,8 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
 
     δ moves the layer's bias and γ scales its output (Xie et al. 2023, section 3.2). For a norm they *are* its affine
     parameters, so that a norm needs no layer of its own. Not every layer has both. The base layer is never written
-    to, but while merged: then `weight` is γ·weight and `bias` is γ·(bias + δ), and the originals are kept aside.
+    to, but while merged: then `weight` is γ·weight and `bias` is γ·(bias + δ), and the originals are kept aside. A
+    layer without a bias, which has δ with `DiffFitConfig(new_biases=True)`, has one while merged.
 
     With `DiffFitConfig(r=...)` linear layers also get a change of rank r, which can turn the rows of the weight where γ
     can only stretch them: y = γ ⊙ (base(x) + B A x + δ), merged as γ·(weight + B A). That is LoRA's (Hu et al. 2021)
@@ -68,7 +74,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.tied: dict[str, str] = {}  # "weight" or "bias": the name of a parameter elsewhere that is the same tensor
-        self._unmerged: dict[str, Tensor] = {}  # the base's own tensors while adapters are merged
+        self._unmerged: dict[str, Tensor | None] = {}  # the base's own tensors while adapters are merged
 
     @staticmethod
     def shapes(
@@ -131,9 +137,12 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         delta, gamma = combine("difffit_delta", names), combine("difffit_gamma", names)
         layer = self.base_layer
-        plain = delta is not None and adapter_names is None and is_plain_linear(layer)
-        if plain:  # W x + (b + δ): the sum of two vectors rather than a pass over the activations
-            y, delta = F.linear(x, layer.weight, (layer.bias + delta).to(layer.bias.dtype)), None
+        plain = False
+        if delta is not None and adapter_names is None and is_plain_linear(layer):
+            # W x + (b + δ): the sum of two vectors rather than a pass over the activations
+            plain = True
+            bias = delta.to(layer.weight.dtype) if layer.bias is None else (layer.bias + delta).to(layer.bias.dtype)
+            y, delta = F.linear(x, layer.weight, bias), None
         else:
             y = layer(x, *args, **kwargs)
         # in the dtype of the activations, so that a half-precision base stays at half the memory
@@ -199,10 +208,14 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
             self.check_mergeable(held)
             base = self._base()
             merged = self._merged(base, [*self.merged_adapters, *held])
-            merged = {name: tensor.to(base[name].dtype) for name, tensor in merged.items()}
+            dtypes = {name: tensor.dtype for name, tensor in base.items()}
+            of_weight = next(iter(dtypes.values()), None)  # or of its scales, where it is quantised
+            merged = {name: tensor.to(dtype=dtypes.get(name, of_weight)) for name, tensor in merged.items()}
             if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
                 raise ValueError(f"Merging {held} gives values that are not finite: the adapter seems to be broken.")
-            self._unmerged = base
+            if merged.keys() - base.keys():
+                warnings.warn(_NEW_BIAS, stacklevel=2)
+            self._unmerged = {"bias": None} | base
             self._write(merged)
         self.merged_adapters = self.merged_adapters + names
 
@@ -241,7 +254,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         weight = {name: getattr(layer, name)}
         if not self.norm and is_quantised(layer):
             weight = {name: scales.clone() for name, scales in row_scales(layer).items()}
-        tensors = weight | {"bias": getattr(layer, "bias", None)} | self._unmerged
+        tensors = self._unmerged or weight | {"bias": getattr(layer, "bias", None)}
         return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
@@ -257,7 +270,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         if A is not None and B is not None:
             merged["weight"] = base["weight"] = base["weight"] + (B @ A).detach()
         if delta is not None:
-            merged["bias"] = base["bias"] = base["bias"] + delta.detach()
+            merged["bias"] = base["bias"] = base.get("bias", 0) + delta.detach()
         if gamma is not None:
             gamma = gamma.detach()
             if self.norm:
@@ -269,10 +282,13 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
             merged = {n: base[n] * factors[n] if n in factors else scaled(base[n], gamma) for n in base}
         return merged
 
-    def _write(self, tensors: dict[str, Tensor]) -> None:
+    def _write(self, tensors: Mapping[str, Tensor | None]) -> None:
         layer = self.get_base_layer()
         for name, tensor in tensors.items():
-            if name in (self.norm.weight if self.norm else "weight", "bias"):
+            if tensor is None or (name == "bias" and layer.bias is None):  # the bias of a layer that has none itself
+                if getattr(layer, name, None) is not tensor:
+                    layer.bias = tensor if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            elif name in (self.norm.weight if self.norm else "weight", "bias"):
                 parameter = getattr(layer, name)
                 parameter.data = tensor.to(parameter.device, parameter.dtype)
             else:

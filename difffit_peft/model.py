@@ -208,6 +208,7 @@ class DiffFitModel(PlacedModules, BaseTuner):
             exclude_modules=None,
             gamma_modules=among(gammas - norms),
             gamma_layers=None,
+            new_biases=any(config.new_biases for config in configs),
             r=sum(config.r for config in configs) if low_rank else 0,
             low_rank_modules=among(low_rank),
             num_classes=max(classes) if classes and None not in classes else None,

@@ -21,6 +21,7 @@ class Layer:
 
     kind: str  # the name of its class
     bias: bool = False
+    takes_bias: bool = False  # it has none, but computes with one where it is given one
     norm: bool = False  # an affine one
     max_rank: int = 0  # of a change of its weight; 0: none goes on such a layer
     num_classes: int | None = None  # of a class table, without the null class
@@ -68,7 +69,7 @@ def plan(
     planned = {
         name: Target(
             gamma=name in gammas or (layer.norm and name in targets),
-            delta=layer.bias and name in targets,
+            delta=(layer.bias or (config.new_biases and layer.takes_bias)) and name in targets,
             rank=config.r if name in low_rank else 0,
         )
         for name, layer in others.items()
@@ -90,6 +91,8 @@ def plan(
         raise ValueError(
             f"target_modules={config.target_modules}, exclude_modules={config.exclude_modules} and "
             f"gamma_modules={config.gamma_modules} leave no layer of {model} to train."
+            + " Layers without a bias get δ with new_biases=True."
+            * (not config.new_biases and any(layers[name].takes_bias for name in targets - excluded))
         )
     return planned
 

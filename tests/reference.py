@@ -14,7 +14,7 @@ Tensors = dict[str, Tensor]
 
 
 def layer(x: Tensor, name: str, base: Tensors, adapter: Tensors) -> Tensor:
-    y = x @ base[f"{name}.weight"].flatten(1).T + base[f"{name}.bias"]
+    y = x @ base[f"{name}.weight"].flatten(1).T + base.get(f"{name}.bias", 0)
     if f"{name}.A" in adapter:
         y = y + x @ (adapter[f"{name}.B"] @ adapter[f"{name}.A"]).T
     y = y + adapter.get(f"{name}.delta", 0)

@@ -262,6 +262,7 @@ def test_models_without_a_preset():
         ({"low_rank_modules": ["to_q"]}, "low_rank_modules=['to_q']: give a rank too, such as r=1"),
         ({"sample_size": 0}, "sample_size=0: the side of the latents is an integer above 0"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian': must be True or False"),
+        ({"new_biases": "yes"}, "new_biases='yes': must be True or False"),
         ({"format_version": 2}, "format_version=2: this difffit_peft reads configs of the formats 0 to 1"),
         ({"format_version": "1"}, "format_version='1': this difffit_peft reads"),
     ],

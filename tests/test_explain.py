@@ -57,8 +57,12 @@ def test_it_says_what_is_left_out_and_why():
     assert sum(row.parameters for row in closed) == sum(p.numel() for name, p in pooler if name.endswith("bias"))
     model = TINY["Flux.2"].make()
     without = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.bias is None]
-    missing = sum(row.parameters for row in explain(model).left_out if row.why == "the layer has no bias")
+    missing = sum(row.parameters for row in explain(model).left_out if "no bias" in row.why)
     assert missing == sum(m.out_features for m in without) > 0
+    found = explain(model, DiffFitConfig(new_biases=True))
+    assert sum(row.parameters for row in found.trained if row.kind == "new biases δ") == missing
+    assert not any("no bias" in row.why for row in found.left_out)
+    assert str(explain(get_peft_model(model, DiffFitConfig(new_biases=True)))) == str(found)
     reasons = {row.why for row in explain(make_dit(), DiffFitConfig(exclude_modules=["to_q"])).left_out}
     assert "the config leaves it out" in reasons
 

@@ -35,6 +35,7 @@ FIELDS = {
     "sample_size": [n for n in NUMBERS if n] + [0, 7, 10**9, 130],
     "background": ["sky", "", "#ffffff80", "white" * 5_000, 3, True, [], ["red"], {"r": 1}],
     "modules_to_save": ["proj_out_2", ["(a+)+$"], [".*"], [""], ["../x"], [3], ["nowhere"], ["x"] * 5_000, {"a": 1}],
+    "new_biases": ["yes", 3, None, []],
     "init_weights": ["yes", 3, None, []],
     "format_version": [n for n in NUMBERS if n != 0],
     "base_config": [[], 3, "x", *({"num_layers": value} for value in NUMBERS), {"unknown": 1}, {"sample_size": "8"}],

@@ -7,13 +7,15 @@ import pytest
 import reference
 import torch
 from conftest import CLOSE, NULL, make_dit, make_inputs, outputs, randomise
-from diffusers import DiTTransformer2DModel
-from peft import get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from diffusers import DiTTransformer2DModel, Flux2Transformer2DModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tiny import TINY
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
+from difffit_peft.base_layers import takes_bias
 
 EVERYWHERE = {"gamma_modules": ".*"}
 
@@ -181,10 +183,12 @@ def test_disabled_is_the_base_after_training(dit, inputs):
         ({}, {"gamma", "delta"}),
         (EVERYWHERE, {"gamma", "delta"}),
         ({"r": 2}, {"gamma", "delta", "A", "B"}),
+        ({"new_biases": True}, {"gamma", "delta"}),
     ],
-    ids=["preset", "γ everywhere", "low rank"],
+    ids=["preset", "γ everywhere", "low rank", "new biases"],
 )
-def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
+def test_gradients_equal_those_of_plain_torch(inputs, config, kinds):
+    dit = make_dit(attention_bias="new_biases" not in config)
     inputs["class_labels"] = torch.tensor([0, 2, NULL, 7, 2])
     base = {name: tensor.double() for name, tensor in dit.state_dict().items()}
     positions = dit.pos_embed.pos_embed.double()
@@ -196,6 +200,7 @@ def test_gradients_equal_those_of_plain_torch(dit, inputs, config, kinds):
     adapter = {name: parameter.detach().clone().requires_grad_() for name, parameter in ours.items()}
     assert {name.rsplit(".", 1)[-1] for name in adapter} == kinds
     assert "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.delta" in adapter
+    assert "transformer_blocks.3.attn1.to_v.delta" in adapter
 
     x, t, labels = inputs["hidden_states"].double(), inputs["timestep"], inputs["class_labels"]
     output = model(x, timestep=t, class_labels=labels).sample
@@ -397,6 +402,7 @@ def test_safe_merge_refuses_what_is_not_finite():
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
 
 
+@pytest.mark.filterwarnings("ignore:The merge gives biases")
 @pytest.mark.parametrize(
     ("base", "x"),
     [
@@ -404,6 +410,10 @@ def test_safe_merge_refuses_what_is_not_finite():
         (torch.nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)),
         (torch.nn.Conv2d(4, 6, 3), torch.randn(2, 4, 9, 9)),
         (torch.nn.Conv3d(4, 6, 3), torch.randn(2, 4, 5, 5, 5)),
+        (torch.nn.Linear(4, 6, bias=False), torch.randn(2, 3, 4)),
+        (torch.nn.Conv1d(4, 6, 3, bias=False), torch.randn(2, 4, 9)),
+        (torch.nn.Conv2d(4, 6, 3, bias=False), torch.randn(2, 4, 9, 9)),
+        (torch.nn.Conv3d(4, 6, 3, bias=False), torch.randn(2, 4, 5, 5, 5)),
         (torch.nn.LayerNorm(4), torch.randn(2, 3, 4)),
         (torch.nn.GroupNorm(2, 4), torch.randn(2, 4, 5, 5)),
         (torch.nn.RMSNorm(4), torch.randn(2, 3, 4)),
@@ -412,9 +422,8 @@ def test_safe_merge_refuses_what_is_not_finite():
 )
 def test_every_kind_of_layer_follows_the_formula(base, x):
     layer = DiffFitLayer(base)
-    layer.update_layer(
-        "a", DiffFitConfig(init_weights=False), gamma=True, delta=getattr(base, "bias", None) is not None
-    )
+    had_bias = getattr(base, "bias", None) is not None
+    layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=had_bias or takes_bias(base))
     layer.set_adapter("a")
     y = base(x)
     dim = -1 if y.shape[-1] == len(layer.difffit_gamma["a"]) else 1
@@ -424,6 +433,103 @@ def test_every_kind_of_layer_follows_the_formula(base, x):
     torch.testing.assert_close(layer(x), expected.movedim(-1, dim))
     layer.merge()
     torch.testing.assert_close(layer.base_layer(x), expected.movedim(-1, dim), **CLOSE)
+    layer.unmerge()
+    assert torch.equal(base(x).movedim(dim, -1), y) and (getattr(base, "bias", None) is not None) == had_bias
+
+
+# Layers without a bias
+
+
+def flux2() -> tuple[torch.nn.Module, dict]:
+    tiny = TINY["Flux.2"]
+    return tiny.make(), tiny.inputs()
+
+
+def test_new_biases_are_off_by_default_and_on_every_linear_layer_where_asked_for():
+    base, inputs = flux2()
+    expected = outputs(base, inputs)
+    without = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert without and all(m.bias is None for m in without.values())
+    default = get_peft_model(base, DiffFitConfig())
+    assert not any("difffit_delta" in name for name, _ in default.named_parameters())
+    count, base = trained(default), default.unload()
+    model = get_peft_model(base, DiffFitConfig(new_biases=True))
+    assert trained(model) == count + sum(m.out_features for m in without.values())
+    assert torch.equal(outputs(model, inputs), expected)
+    named = get_peft_model(flux2()[0], DiffFitConfig(new_biases=True, target_modules=["attn.to_q"], gamma_modules=[]))
+    assert trained(named) == 2 * 16
+    with pytest.raises(
+        ValueError, match="leave no layer .* to train. Layers without a bias get δ with new_biases=True"
+    ):
+        get_peft_model(flux2()[0], DiffFitConfig(target_modules=["attn.to_q"], gamma_modules=[]))
+
+
+@pytest.mark.filterwarnings("ignore:The merge gives biases")
+def test_new_biases_through_every_verb(tmp_path):
+    base, inputs = flux2()
+    plain = outputs(base, inputs)
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = {"new_biases": True}
+    model = get_peft_model(base, DiffFitConfig(**config), "a").eval()
+    model.add_adapter("b", DiffFitConfig(target_modules=["attn.to_q"], **config))
+    alone = {}
+    for name in "ab":
+        randomise(model, name, seed=ord(name))
+        model.set_adapter(name)
+        alone[name] = outputs(model, inputs)
+    mixed = outputs(model, inputs | {"adapter_names": ["b", "__base__"]})
+    torch.testing.assert_close(mixed, torch.stack([alone["b"][0], plain[1]]), **CLOSE)
+
+    model.base_model.set_adapter(["a", "b"])
+    model.set_scale("a", 0.5)
+    both = outputs(model, inputs)
+    model.add_weighted_adapter(["a", "b"], [0.5, 1.0], "blend")
+    model.set_adapter("blend")
+    torch.testing.assert_close(outputs(model, inputs), both, **CLOSE)
+    model.save_pretrained(tmp_path, save_embedding_layers=False, selected_adapters=["blend"])
+    again = PeftModel.from_pretrained(flux2()[0], tmp_path / "blend")
+    torch.testing.assert_close(outputs(again, inputs), both, **CLOSE)
+
+    model.merge_adapter(["a"])
+    model.merge_adapter(["b"])  # into what is merged
+    torch.testing.assert_close(outputs(model, inputs), both, **CLOSE)
+    merged = copy.deepcopy(model)
+    torch.testing.assert_close(outputs(merged, inputs), both, **CLOSE)
+    model.add_adapter("c", DiffFitConfig())  # while merged: the biases are none of the base's
+    assert not any("difffit_delta.c" in name for name, _ in model.named_parameters())
+    model.set_scale("a", 0.0)
+    model.set_scale("b", 0.0)
+    model.base_model.set_adapter(["a", "b"])
+    assert torch.equal(outputs(model, inputs), plain)
+    for adapted in (model, merged):
+        unloaded = adapted.unload()
+        assert [*unloaded.state_dict()] == [*state]
+        assert all(torch.equal(tensor, state[name]) for name, tensor in unloaded.state_dict().items())
+        assert torch.equal(outputs(unloaded, inputs), plain)
+
+
+def test_a_merge_of_new_biases_says_that_diffusers_does_not_load_them(tmp_path):
+    base, inputs = flux2()
+    keys = {*base.state_dict()}
+    without = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    model = get_peft_model(base, DiffFitConfig(new_biases=True))
+    randomise(model)
+    expected = outputs(model, inputs)
+    with pytest.warns(UserWarning, match="from_pretrained makes its class without them"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, inputs), expected, **CLOSE)
+    assert type(merged) is Flux2Transformer2DModel
+    added = {*merged.state_dict()} - keys
+    assert added == {f"{name}.bias" for name in without}
+
+    merged.save_pretrained(tmp_path)
+    loaded = Flux2Transformer2DModel.from_pretrained(tmp_path)
+    assert {*loaded.state_dict()} == keys and not torch.allclose(outputs(loaded, inputs), expected, atol=1e-2)
+    for name in without:  # what is saved is whole
+        layer = loaded.get_submodule(name)
+        layer.bias = torch.nn.Parameter(torch.empty(layer.out_features))
+    loaded.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    assert torch.equal(outputs(loaded, inputs), outputs(merged, inputs))
 
 
 # Half precision, copies

@@ -33,6 +33,7 @@ from difffit_peft import DiffFitConfig, DiffFitLayer
 SEQUENCES, STEPS = int(os.environ.get("DIFFFIT_TEST_SEQUENCES", 500)), 12
 MAX_RANK = 8  # the smaller side of the layers below that get A and B
 DIMENSIONS = {"attention_head_dim": 4, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": 6}
+DIMENSIONS |= {"attention_bias": False}  # of queries, keys and values
 CONFIGS = [
     {},
     {"gamma_modules": []},
@@ -40,6 +41,8 @@ CONFIGS = [
     {"gamma_modules": ["attn1.to_q", "ff.net.2"], "gamma_layers": [1], "num_classes": 4},
     {"target_modules": ["attn1.to_v", "proj_out_2"]},
     {"target_modules": [], "gamma_modules": ["attn1.to_k", "proj_out_1"]},
+    {"new_biases": True},
+    {"new_biases": True, "target_modules": ["attn1.to_q", "attn1.to_v"], "gamma_modules": ["attn1.to_q"], "r": 1},
     {"r": 1, "num_classes": 3},
     {"r": 2, "gamma_modules": [], "low_rank_modules": ["norm1.linear", "attn1.to_out.0", "proj_out_2"]},
 ]
@@ -60,8 +63,7 @@ class Verbs(RuleBasedStateMachine):
         self.x = torch.randn(3, 4, 4, 4, generator=generator)
         self.timestep, self.labels = torch.tensor([3, 500, 999]), torch.tensor([0, 3, 6])
         self.model = get_peft_model(dit, DiffFitConfig(**config), adapter_name="a0").eval()
-        self.parameters = [(n, p) for n, p in self.model.named_parameters() if "difffit_" not in n]
-        self.bytes = [p.detach().clone() for _, p in self.parameters]
+        self.bytes = [p.detach().clone() for n, p in self.model.named_parameters() if "difffit_" not in n]
         # what the model should be: adapter -> layer -> kind -> values; scales; who is active; who is merged
         self.values, self.scale, self.active, self.merged, self.count = {}, {"a0": 1.0}, ["a0"], [], 1
         self.write("a0", seed)
@@ -260,7 +262,8 @@ class Verbs(RuleBasedStateMachine):
     @invariant()
     def the_base_is_untouched(self):
         if hasattr(self, "model") and not self.merged:
-            for (name, parameter), before in zip(self.parameters, self.bytes, strict=True):
+            now = [(n, p) for n, p in self.model.named_parameters() if "difffit_" not in n]
+            for (name, parameter), before in zip(now, self.bytes, strict=True):
                 assert torch.equal(parameter.view(torch.int32), before.view(torch.int32)), name
 
 

@@ -139,15 +139,16 @@ def test_a_compiled_base_takes_adapters_before_it_is_compiled(folder):
 # Quantised bases
 
 
-def quantised(name: str, folder) -> DiTTransformer2DModel:
-    make_dit(attention_head_dim=16).save_pretrained(folder)
+def quantised(name: str, folder, **overrides) -> DiTTransformer2DModel:
+    make_dit(attention_head_dim=16, **overrides).save_pretrained(folder)
     if name == "bitsandbytes int8":  # Diffusers asks for a GPU before it quantises; the layers work without one
         bitsandbytes = pytest.importorskip("bitsandbytes")
         dit = DiTTransformer2DModel.from_pretrained(folder)
         for parent in list(dit.modules()):
             for child, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
-                    int8 = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+                    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+                    int8 = bitsandbytes.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
                     int8.load_state_dict(linear.state_dict())
                     setattr(parent, child, int8.to("cpu"))
         return dit.requires_grad_(False).eval()
@@ -208,6 +209,21 @@ def test_a_merge_into_a_quantised_base_multiplies_its_scales(name, tmp_path, inp
     model = get_peft_model(quantised(name, tmp_path / "base"), DiffFitConfig())
     randomise(model)
     model.merge_adapter()
+    assert torch.equal(outputs(model.unload(), inputs), before)
+
+
+@pytest.mark.filterwarnings("ignore:The merge gives biases")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_new_biases_on_a_quantised_base(name, tmp_path, inputs):
+    base = quantised(name, tmp_path / "base", attention_bias=False)
+    before = outputs(base, inputs)
+    model = get_peft_model(base, DiffFitConfig(new_biases=True))
+    assert torch.equal(outputs(model, inputs), before)
+    assert model.base_model.model.transformer_blocks[0].attn1.to_q.difffit_delta
+    randomise(model)
+    expected = outputs(model, inputs)
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, inputs), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(outputs(model.unload(), inputs), before)
 
 
