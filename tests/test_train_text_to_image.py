@@ -29,6 +29,13 @@ from difffit_peft.training.vae import moments
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_text_to_image.py"
 CAPTIONS = ["a red bird", "a red bird", "two blue fish", "a cat, asleep", "dog", "dog on the left"]
 STEPS = 4
+SIDES = dict.fromkeys(PIPELINES, 16) | {"Sana": 32}  # of pictures; Sana's pipeline takes multiples of 32
+UNBINNED = dict.fromkeys(("PixArt", "Sana"), {"use_resolution_binning": False})
+UNPACKED = {
+    "FLUX.2": lambda x: x.permute(0, 2, 1).reshape(1, 16, 4, 4),
+    "Qwen-Image": lambda x: x.view(1, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(1, 4, 8, 8),
+    "Z-Image": lambda x: torch.stack([*x]).squeeze(2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,14 @@ def workdir(tmp_path_factory) -> Path:
 
 def arguments(workdir: Path, output: str, base: str) -> list[str]:
     argv = ["--pretrained_model_name_or_path", str(workdir / base), "--train_data_dir", str(workdir / "images")]
-    argv += ["--output_dir", str(workdir / output), "--cache_dir", str(workdir / "cache"), "--resolution", "16"]
+    argv += [
+        "--output_dir",
+        str(workdir / output),
+        "--cache_dir",
+        str(workdir / "cache"),
+        "--resolution",
+        str(SIDES.get(base, 16)),
+    ]
     argv += ["--max_train_steps", str(STEPS), "--num_inference_steps", "2", "--num_validation_images", "1"]
     return argv + ["--mixed_precision", "no", "--report_to", "none", "--learning_rate", "0.01"]
 
@@ -91,17 +105,19 @@ def test_a_model_is_called_as_its_pipeline_calls_it(family, monkeypatch):
     pipe = make_text_pipeline(family)
     text = family_of_pipeline(type(pipe).__name__)(pipe)
     embeddings = text.encode("a red bird")
-    model, settings = text.model, {"height": 16, "width": 16, "num_inference_steps": 2, "generator": None}
-    settings |= {"use_resolution_binning": False} if family == "PixArt" else {}
+    model, settings = text.model, {"height": SIDES[family], "width": SIDES[family], "num_inference_steps": 2}
+    settings |= UNBINNED.get(family, {})
     settings["generator"] = torch.Generator().manual_seed(0)
-    unguided = {text.guidance: 1.0}
+    unguided = {text.guidance: 0.0 if family == "Z-Image" else 1.0}
 
     args, kwargs = first_call(model, lambda: pipe(prompt="a red bird", **settings, **unguided))
     named = dict(zip(text.takes, (None, *args), strict=False)) | kwargs
     called = {name: value for name, value in named.items() if value is not None and name not in ("self", "return_dict")}
-    x_t, timestep = named.get("hidden_states", named.get("sample")), named["timestep"].reshape(-1).float()
-    seen = {"FLUX.2": lambda x: x.permute(0, 2, 1).reshape(1, 16, 4, 4)}.get(family, lambda x: x)(x_t)
-    timesteps = timestep * {"FLUX.2": 1000}.get(family, 1)
+    x_t = next(named[name] for name in ("hidden_states", "sample", "x") if name in named)
+    timestep = next(named[name] for name in ("timestep", "t") if name in named).reshape(-1).float()
+    seen = UNPACKED.get(family, lambda x: x)(x_t)
+    timesteps = 1000 * (1 - timestep) if family == "Z-Image" else timestep
+    timesteps = timesteps * 1000 if family in ("FLUX.2", "Qwen-Image") else timesteps
 
     ours_args, ours = first_call(model, lambda: text.predict(model, seen, timesteps, [embeddings]))
     ours = dict(zip(text.takes, (None, *ours_args), strict=False)) | ours
@@ -112,22 +128,44 @@ def test_a_model_is_called_as_its_pipeline_calls_it(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", PIPELINES)
+def test_prompts_of_several_lengths_in_a_batch(family):
+    """Each sample is as it is alone."""
+    pipe = make_text_pipeline(family)
+    text = family_of_pipeline(type(pipe).__name__)(pipe)
+    prompts = [text.encode(prompt) for prompt in ("dog", "", "two blue fish, asleep")]
+    shape = (3, 16, 4, 4) if family == "FLUX.2" else (3, 4, 8, 8)
+    x_t, timesteps = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 300.0, 900.0])
+    with torch.no_grad():
+        together = text.predict(text.model, x_t, timesteps, prompts)
+        alone = [text.predict(text.model, x_t[i : i + 1], timesteps[i : i + 1], prompts[i : i + 1]) for i in range(3)]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+        others = text.predict(text.model, x_t, timesteps, prompts[::-1])
+    assert (together - others)[[0, 2]].abs().amax() > 1e-3  # prompts tell
+
+
+@pytest.mark.parametrize("family", PIPELINES)
 def test_latents_decode_to_the_image(family):
     """What a pipeline decodes, given our latents as what its loop ends with, is what the VAE gives for the image."""
     pipe = make_text_pipeline(family)
     text = family_of_pipeline(type(pipe).__name__)(pipe)
-    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = torch.rand(1, 3, SIDES[family], SIDES[family], generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         latents, deviation = moments(pipe.vae, pixels)
-        posterior = pipe.vae.encode(pixels).latent_dist
-        expected = pipe.vae.decode(posterior.mean).sample
-        # one deviation from the mean before they are normalised is one after it
-        posterior.mean = posterior.mean + posterior.std
-        pipe.vae.encode = lambda pixels: SimpleNamespace(latent_dist=posterior)
-        torch.testing.assert_close(latents + deviation, moments(pipe.vae, pixels)[0])
-    packed = pipe._pack_latents(latents) if family == "FLUX.2" else latents
+        encoded = pipe.vae.encode(pixels.unsqueeze(2) if family == "Qwen-Image" else pixels)
+        if family == "Sana":
+            expected = pipe.vae.decode(encoded.latent).sample
+            assert latents.shape == deviation.shape and not deviation.any()
+        else:
+            posterior = encoded.latent_dist
+            expected = pipe.vae.decode(posterior.mean).sample.view(pixels.shape)
+            # one deviation from the mean before they are normalised is one after it
+            posterior.mean = posterior.mean + posterior.std
+            pipe.vae.encode = lambda pixels: SimpleNamespace(latent_dist=posterior)
+            torch.testing.assert_close(latents + deviation, moments(pipe.vae, pixels)[0])
+    sizes = latents.shape if family == "Qwen-Image" else ()
+    packed = pipe._pack_latents(latents, *sizes) if hasattr(pipe, "_pack_latents") else latents
     pipe.scheduler.step = lambda *args, **kwargs: (packed, packed)  # the loop ends with them
-    call = text.call(text.encode("dog"), text.encode(""), 1, 16, 2.0)
+    call = text.call(text.encode("dog"), text.encode(""), 1, SIDES[family], 2.0)
     image = pipe(**call, num_inference_steps=1, output_type="pt").images
     torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
@@ -196,7 +234,7 @@ def results(script, workdir):
 def test_writes_an_adapter_that_loads(results, workdir, family):
     result = results[family]
     assert [path.name for path in result.grids] == [f"step-00000{step}.png" for step in (0, 2, 4)]
-    assert PIL.Image.open(result.grids[-1]).size == (16, 3 * 16)  # three of five captions
+    assert PIL.Image.open(result.grids[-1]).size == (SIDES[family], 3 * SIDES[family])  # three of five captions
     trained = load_file(result.output_dir / "adapter_model.safetensors")
     assert result.steps == STEPS and all(tensor.isfinite().all() for tensor in trained.values())
     assert any(not torch.equal(t, torch.ones_like(t)) for name, t in trained.items() if "gamma" in name)
@@ -206,15 +244,17 @@ def test_writes_an_adapter_that_loads(results, workdir, family):
     part = "unet" if family == "SD1.5" else "transformer"
     setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), result.output_dir).eval())
     pipe.set_progress_bar_config(disable=True)
-    size = {"height": 16, "width": 16, "guidance_scale": 4.0} | (
-        {"use_resolution_binning": False} if family == "PixArt" else {}
+    guided = {"Qwen-Image": {"true_cfg_scale": 4.0, "negative_prompt": ""}, "Z-Image": {"guidance_scale": 3.0}}
+    settings = (
+        {"height": SIDES[family], "width": SIDES[family]}
+        | UNBINNED.get(family, {})
+        | guided.get(family, {"guidance_scale": 4.0})
     )
-    picture = pipe(
-        prompt="a cat, asleep", num_inference_steps=2, generator=torch.Generator().manual_seed(0), **size
-    ).images[0]
-    row = np.asarray(PIL.Image.open(result.grids[-1]))[:16]  # the first caption in the alphabet
+    generator = torch.Generator().manual_seed(0)
+    picture = pipe(prompt="a cat, asleep", num_inference_steps=2, generator=generator, **settings).images[0]
+    row = np.asarray(PIL.Image.open(result.grids[-1]))[: SIDES[family]]  # the first caption in the alphabet
     assert np.abs(np.asarray(picture).astype(int) - row).max() <= 1
-    assert not np.array_equal(row, np.asarray(PIL.Image.open(result.grids[0]))[:16])  # training shows
+    assert not np.array_equal(row, np.asarray(PIL.Image.open(result.grids[0]))[: SIDES[family]])  # training shows
 
 
 @pytest.mark.parametrize("family", [name for name in ("PixArt", "FLUX.2") if name in PIPELINES])

@@ -7,13 +7,24 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -173,9 +184,106 @@ def stable_diffusion() -> DiffusionPipeline:
     )
 
 
-PIPELINES = {"PixArt": pixart, "SD3": stable_diffusion_3, "FLUX.2": flux2, "SD1.5": stable_diffusion}
+def sana() -> DiffusionPipeline:
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    tokenizer = GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    encoder = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=32,
+    )
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (8, 8, 8),
+            "qkv_multiscales": ((), (), (5,)),
+            "layers_per_block": (1, 1, 1),
+        }.items()
+    }
+    vae = diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.4, **sides)
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return diffusers.SanaPipeline(tokenizer, encoder, vae, transformer, flow)
+
+
+def qwen_image() -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "rope_parameters": rope, **sizes}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 8}
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 2, 2),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.0, 1.5, 2.0],
+    )
+    return diffusers.QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def z_image() -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        axes_dims=[4, 2, 2],
+        axes_lens=[256, 16, 16],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # Diffusers 0.36 leaves them unset
+    return diffusers.ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=qwen_encoder(tokenizer, 2),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+PIPELINES = {
+    "PixArt": pixart,
+    "SD3": stable_diffusion_3,
+    "FLUX.2": flux2,
+    "SD1.5": stable_diffusion,
+    "Sana": sana,
+    "Qwen-Image": qwen_image,
+    "Z-Image": z_image,
+}
 if not hasattr(diffusers, "Flux2KleinPipeline"):  # before Diffusers 0.37
-    del PIPELINES["FLUX.2"]
+    del PIPELINES["FLUX.2"], PIPELINES["Qwen-Image"]
 
 
 def make_text_pipeline(family: str) -> DiffusionPipeline:

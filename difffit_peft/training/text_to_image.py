@@ -13,9 +13,12 @@ import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .checkpoint import fingerprint
 from .objective import Diffusion, FlowMatching, Objective
@@ -94,10 +97,10 @@ class TextToImage:
         return given | {name: value for name, value in fixed.items() if name in takes}
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Embeddings:
+    def encode(self, prompt: str, **options: Any) -> Embeddings:
         """The embeddings of one prompt, without a dimension of the batch."""
         device = self.text_encoders()[0].device
-        returned = self.pipe.encode_prompt(prompt=[prompt], device=device, **self._encoding())
+        returned = self.pipe.encode_prompt(prompt=[prompt], device=device, **self._encoding() | options)
         return {name: returned[place][0] for name, place in self.embeddings.items() if returned[place] is not None}
 
     def text_encoders(self) -> list[Any]:
@@ -129,7 +132,10 @@ class TextToImage:
         return Objective(noising, predict, null, dropout)
 
     def call(self, prompt: Embeddings, empty: Embeddings, count: int, resolution: int, guidance: float) -> dict:
-        """The arguments with which the pipeline makes `count` pictures of one prompt."""
+        """The arguments with which the pipeline makes `count` pictures of one prompt.
+
+        `guidance` is the scale of classifier-free guidance; 1: none.
+        """
         takes = inspect.signature(type(self.pipe).__call__).parameters
         device = self.model.device
         given: dict[str, Any] = {"negative_prompt": None, "use_resolution_binning": False}
@@ -203,6 +209,71 @@ class Flux2(TextToImage):
         return output.permute(0, 2, 1).reshape(x_t.shape)
 
 
+class Sana(TextToImage):
+    embeddings = {"prompt_embeds": 0, "prompt_attention_mask": 1}
+    packing = 1
+
+    def encode(self, prompt: str, **options: Any) -> Embeddings:
+        if not prompt:  # guidance compares with the empty prompt without the instruction
+            options["complex_human_instruction"] = None
+        return super().encode(prompt, **options)
+
+    def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
+        given = stacked(prompts, x_t.device)
+        return model(
+            x_t,
+            encoder_hidden_states=given["prompt_embeds"],
+            encoder_attention_mask=given["prompt_attention_mask"],
+            timestep=timesteps * self.config.timestep_scale,
+            return_dict=False,
+        )[0]
+
+
+class QwenImage(TextToImage):
+    embeddings = {"prompt_embeds": 0, "prompt_embeds_mask": 1}
+    guidance = "true_cfg_scale"
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        if Version(diffusers.__version__) < Version("0.37"):  # a batch of prompts of several lengths needs it
+            raise ValueError(
+                f"Qwen-Image masks no text in Diffusers {diffusers.__version__}: install Diffusers 0.37 or newer."
+            )
+        super().__init__(pipe)
+
+    def encode(self, prompt: str, **options: Any) -> Embeddings:
+        given = super().encode(prompt, **options)
+        mask = torch.ones(len(given["prompt_embeds"]), dtype=torch.long)  # `None` where all tokens count
+        return {"prompt_embeds_mask": mask} | given
+
+    def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
+        given = {name: pad_sequence([each[name] for each in prompts], batch_first=True) for name in prompts[0]}
+        mask, (height, width) = given["prompt_embeds_mask"], x_t.shape[-2:]
+        output = model(
+            hidden_states=self.pipe._pack_latents(x_t, *x_t.shape),
+            timestep=timesteps / self.pipe.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=given["prompt_embeds"].to(x_t.device),
+            encoder_hidden_states_mask=None if mask.all() else mask.to(x_t.device),
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            return_dict=False,
+        )[0]
+        factor = self.pipe.vae_scale_factor
+        return self.pipe._unpack_latents(output, height * factor, width * factor, factor).squeeze(2)
+
+
+class ZImage(TextToImage):
+    def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
+        times = 1 - timesteps / self.pipe.scheduler.config.num_train_timesteps  # from noise, 0, to the image, 1
+        texts = [each["prompt_embeds"].to(x_t.device) for each in prompts]
+        output = model([*x_t.unsqueeze(2)], times, texts, return_dict=False)[0]
+        return -torch.stack([*output]).squeeze(2)  # it predicts x_0 - noise
+
+    def call(self, prompt: Embeddings, empty: Embeddings, count: int, resolution: int, guidance: float) -> dict:
+        return super().call(prompt, empty, count, resolution, guidance - 1)  # 0: none, as this pipeline counts
+
+    def repeat(self, value: Tensor, count: int) -> Any:
+        return [super().repeat(value, 1)[0]] * count  # a list, as prompts differ in length
+
+
 FAMILIES: dict[str, type[TextToImage]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "PixArtAlphaPipeline": PixArt,
@@ -210,6 +281,9 @@ FAMILIES: dict[str, type[TextToImage]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2,
+    "SanaPipeline": Sana,
+    "QwenImagePipeline": QwenImage,
+    "ZImagePipeline": ZImage,
 }
 """By the name of the pipeline's class."""
 
