@@ -243,7 +243,7 @@ def test_models_without_a_preset():
         ({"id2label": {"zero": "fox", "a, b": "x"}}, "keys 'zero', 'a, b': they must be class indices"),
         ({"id2label": ["fox"]}, "must be a dict"),
         ({"id2label": {0: 1}}, "names of classes must be strings"),
-        ({"init_class_rows": "bases"}, "must be 'null', 'base', or a list of classes of the base. Did you mean 'base'?"),
+        ({"init_class_rows": "bases"}, "'null', 'base', or a list of classes of the base. Did you mean 'base'?"),
         ({"init_class_rows": [1], "num_classes": 2}, "a list of classes of the base, one for each of the 2 new ones"),
         ({"init_class_rows": []}, "a list of classes of the base, one for each of the 0 new ones"),
         ({"init_class_rows": [-1], "num_classes": 1}, "classes of the base are integers from 0 up"),
