@@ -174,11 +174,12 @@ def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -
     refuse_others(str(folder), {f.name for f in folder.glob("*") if f.is_dir()}, saved)
     if kwargs.get("push_to_hub"):
         raise ValueError("push_to_hub=True: call push_to_hub(repo_id), which uploads the adapters too.")
-    active = {}
-    for key, (model, name) in saved.items():
-        if name in in_effect(model):
+    keys, active = {(id(model), name): key for key, (model, name) in saved.items()}, {}
+    for model in adapted.values():
+        for name in [] if fused(model) else in_effect(model):  # in their order, on which the last bits depend
             layers = model.base_model._difffit_layers()
-            active[key] = next(float(layer.scale[name]) for layer in layers if name in layer.scale)
+            scale = next(float(layer.scale[name]) for layer in layers if name in layer.scale)
+            active[keys[id(model), name]] = scale
     before = {component: getattr(pipe, component) for component in adapted}
     try:
         for component, model in adapted.items():

@@ -89,13 +89,14 @@ def _load_adapters(pipe: Any, folder: Path) -> None:
     if not isinstance(active, dict):
         raise ValueError(f"{state} holds a {type(active).__name__}, not an object of names and scales.")
     check_names(active, saved)
+    if not active:
+        loader.disable_adapters(pipe)
+        return
     for key, scale in active.items():
         model, name = saved[key]
         model.set_scale(name, scale)
     for model in models(pipe).values():
-        activate(model, [name for key, (own, name) in saved.items() if own is model and key in active])
-    if not active:
-        loader.disable_adapters(pipe)
+        activate(model, [saved[key][1] for key in active if saved[key][0] is model])
 
 
 class DiffFitLoaderMixin:

@@ -241,7 +241,7 @@ def _with_pipeline(
         family = family_name(base_model)
         if family in FAMILIES and not re.search("Edit|ControlNet", family):  # what draws with a prompt alone
             prompt = (prompt or "A picture")[:200]
-            call = f"pipe({json.dumps(prompt, ensure_ascii=not prompt.isprintable())})"
+            call = f"pipe(prompt={json.dumps(prompt, ensure_ascii=not prompt.isprintable())})"
             lines += [f"frames = {call}.frames" if "3D" in family else f'{call}.images[0].save("sample.png")']
     else:
         return ""
