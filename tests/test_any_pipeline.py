@@ -264,21 +264,20 @@ def test_what_cannot_be_meant_is_refused(hub, name, pipe):
 def test_modules_saved_whole_that_do_not_fit_change_nothing(hub, tmp_path):
     """PEFT finds this out when it loads the weights."""
     name = publish(hub, "SD1.5")
-    pipe = trained(DiffusionPipeline.from_pretrained(f"me/{name}", cache_dir=hub / "cache"), "unet", 0)
-    difffit_peft.unload_adapters(pipe)
+    pipe = DiffusionPipeline.from_pretrained(f"me/{name}", cache_dir=hub / "cache")
     pipe.unet = get_peft_model(pipe.unet, DiffFitConfig(modules_to_save=["conv_out"])).eval()
-    difffit_peft.save_adapter(pipe, tmp_path / "whole")
+    for folder in ("good", "bad"):
+        difffit_peft.save_adapter(pipe, tmp_path / folder)
     difffit_peft.unload_adapters(pipe)
-    weights = load_file(tmp_path / "whole" / FILE)
-    cut = {name: tensor[:1] if "conv_out" in name else tensor for name, tensor in weights.items()}
-    assert any(cut[name].shape != weights[name].shape for name in cut)
-    save_file({name: tensor.contiguous() for name, tensor in cut.items()}, tmp_path / "whole" / FILE)
+    weights = load_file(tmp_path / "bad" / FILE)
+    weights |= {name: tensor[:1].contiguous() for name, tensor in weights.items() if "conv_out" in name}
+    save_file(weights, tmp_path / "bad" / FILE)
     for loaded in (False, True):
         if loaded:
-            difffit_peft.load_adapter(pipe, hub / name / "b", "good")
+            difffit_peft.load_adapter(pipe, tmp_path / "good", "good")
         before = seen(pipe)
         with pytest.raises(RuntimeError, match="conv_out"):
-            difffit_peft.load_adapter(pipe, tmp_path / "whole", "bad")
+            difffit_peft.load_adapter(pipe, tmp_path / "bad", "bad")
         assert seen(pipe) == before
 
 
@@ -294,8 +293,11 @@ def wan() -> WanPipeline:
     for part in both:
         for parameter in part.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    return WanPipeline(**parts, transformer=both[0], transformer_2=both[1], boundary_ratio=0.6)
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": both[0], "transformer_2": both[1]}
+    return WanPipeline(**NONE, **parts, boundary_ratio=0.6)
+
+
+NONE = {"tokenizer": None, "text_encoder": None, "vae": None}
 
 
 def frames(pipe: WanPipeline) -> torch.Tensor:
@@ -313,10 +315,10 @@ def two(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     adapters = {"transformer": "first", "transformer_2": "second"}
     drawn["base"] = frames(wan())
     for component, adapter in adapters.items():
-        pipe = trained(WanPipeline.from_pretrained(folder / "base"), component, 0)
+        pipe = trained(WanPipeline.from_pretrained(folder / "base", **NONE), component, 0)
         drawn[adapter] = frames(pipe)
         difffit_peft.save_adapter(pipe, folder / adapter)
-    pipe = WanPipeline.from_pretrained(folder / "base")
+    pipe = WanPipeline.from_pretrained(folder / "base", **NONE)
     for component in adapters:
         trained(pipe, component, 0)
     drawn["both"] = frames(pipe)
@@ -326,7 +328,7 @@ def two(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def test_an_adapter_goes_onto_the_model_it_was_trained_on(two):
     folder, drawn = two
-    pipe = WanPipeline.from_pretrained(folder / "base")
+    pipe = WanPipeline.from_pretrained(folder / "base", **NONE)
     difffit_peft.load_adapter(pipe, folder / "second")
     assert not isinstance(pipe.transformer, PeftModel) and torch.equal(frames(pipe), drawn["second"])
     difffit_peft.load_adapter(pipe, folder / "first")
@@ -342,7 +344,7 @@ def test_an_adapter_goes_onto_the_model_it_was_trained_on(two):
 
 def test_one_name_on_both_models(two, tmp_path):
     folder, drawn = two
-    pipe = WanPipeline.from_pretrained(folder / "base")
+    pipe = WanPipeline.from_pretrained(folder / "base", **NONE)
     for adapter in ("first", "second"):
         difffit_peft.load_adapter(pipe, folder / adapter, "style")
     assert torch.equal(frames(pipe), drawn["both"]) and difffit_peft.get_list_adapters(pipe) == ["style"]
@@ -355,15 +357,15 @@ def test_one_name_on_both_models(two, tmp_path):
     difffit_peft.set_adapters(pipe, "style", 0.5)
     half = frames(pipe)
     pipe.save_pretrained(tmp_path / "pipeline")
-    assert torch.equal(frames(difffit_peft.load_pipeline(tmp_path / "pipeline")), half)
-    assert torch.equal(frames(WanPipeline.from_pretrained(tmp_path / "pipeline")), drawn["base"])
+    assert torch.equal(frames(difffit_peft.load_pipeline(tmp_path / "pipeline", **NONE)), half)
+    assert torch.equal(frames(WanPipeline.from_pretrained(tmp_path / "pipeline", **NONE)), drawn["base"])
     difffit_peft.disable_adapters(pipe)
     assert torch.equal(frames(pipe), drawn["base"])
 
 
 def test_models_are_fused_together_or_not_at_all(two):
     folder, _ = two
-    pipe = WanPipeline.from_pretrained(folder / "base")
+    pipe = WanPipeline.from_pretrained(folder / "base", **NONE)
     for adapter in ("first", "second"):
         difffit_peft.load_adapter(pipe, folder / adapter, adapter)
     unfused = frames(pipe)
@@ -381,7 +383,7 @@ def test_models_are_fused_together_or_not_at_all(two):
 
 def test_an_adapter_of_a_second_model_needs_one(two, tmp_path):
     folder, drawn = two
-    parts = WanPipeline.from_pretrained(folder / "base").components | {"transformer_2": None}
+    parts = WanPipeline.from_pretrained(folder / "base", **NONE).components | {"transformer_2": None}
     pipe = WanPipeline(**parts)
     with pytest.raises(ValueError, match="is the transformer_2 of its pipeline.*transformer, a WanTransformer3DModel"):
         difffit_peft.load_adapter(pipe, folder / "second")
