@@ -101,9 +101,11 @@ def test_a_card_names_the_part_of_the_pipeline(tmp_path, loaded_from, part):
 
 
 def test_the_name_of_a_base_is_its_pipelines(tmp_path):
-    """Whatever the part is called: its folder is beside the pipeline's index."""
-    part = tmp_path / "my-base" / "unet"
+    """Whatever the part is called, where its folder is beside the pipeline's index."""
+    for name in ("transformer", "transformer_2", "unet"):
+        assert base_model_id(str(tmp_path / "my-base" / name)) == ("my-base", None)
+    part = tmp_path / "my-base" / "prior"
     part.mkdir(parents=True)
-    assert base_model_id(str(part)) == ("unet", None)
+    assert base_model_id(str(part)) == ("prior", None)
     (tmp_path / "my-base" / "model_index.json").touch()
     assert base_model_id(str(part)) == ("my-base", None)
