@@ -162,7 +162,7 @@ def unload_adapters(pipe: Any) -> None:
 
 
 def disable_adapters(pipe: Any) -> None:
-    """Computes with the base alone, until `enable_adapters`.
+    """Computes with the base alone, until the adapters are enabled again.
 
     Raises:
         ValueError: if adapters are fused, or there is none.
@@ -265,7 +265,7 @@ def _one_adapter(pipe: Any, adapter_name: str | None, component: str | None) -> 
         if len(active) != 1:
             raise ValueError(f"adapter_name is None, but the active adapters are {active}: name one.")
         adapter_name = active[0]
-    _names(pipe, adapter_name)
+    _names(pipe, [adapter_name])
     model = _one_model(pipe, adapter_name, component)
     model.peft_config[adapter_name].component = next(name for name, other in models(pipe).items() if other is model)
     return model, adapter_name
