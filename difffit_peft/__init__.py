@@ -3,13 +3,28 @@
 from . import log_filters  # noqa: F401 (before PEFT)
 
 from .plugin import register as _register  # isort: skip (checks PEFT's version first)
+from .components import save_pipeline
 from .config import DiffFitConfig
 from .explanation import Explanation, explain
 from .families.dit.pipeline import DiffFitDiTPipeline
 from .hotswap import hotswap_adapter
 from .layer import DiffFitLayer
-from .loader import DiffFitLoaderMixin
+from .loader import (
+    delete_adapters,
+    disable_adapters,
+    enable_adapters,
+    fuse_adapters,
+    get_active_adapters,
+    get_list_adapters,
+    load_adapter,
+    push_adapter,
+    save_adapter,
+    set_adapters,
+    unfuse_adapters,
+    unload_adapters,
+)
 from .model import DiffFitModel
+from .pipelines import DiffFitLoaderMixin, load_pipeline
 from .pool import AdapterPool
 
 _register()
@@ -22,7 +37,21 @@ __all__ = [
     "DiffFitLoaderMixin",
     "DiffFitModel",
     "Explanation",
+    "delete_adapters",
+    "disable_adapters",
+    "enable_adapters",
     "explain",
+    "fuse_adapters",
+    "get_active_adapters",
+    "get_list_adapters",
     "hotswap_adapter",
+    "load_adapter",
+    "load_pipeline",
+    "push_adapter",
+    "save_adapter",
+    "save_pipeline",
+    "set_adapters",
+    "unfuse_adapters",
+    "unload_adapters",
 ]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -12,7 +13,7 @@ from torch import nn
 
 from .base_layers import is_supported, takes_bias
 from .class_rows import DiffFitEmbedding
-from .config import FORMAT_VERSION, DiffFitConfig, nearest, short
+from .config import COMPONENTS, FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
 from .layer import DiffFitLayer
 from .norms import is_norm
@@ -116,6 +117,8 @@ def _facts_of_base(
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if name and config.base_model_name_or_path is None:
         facts["base_model_name_or_path"], facts["revision"] = base_model_id(str(name))
+        if config.component is None and Path(str(name)).name in COMPONENTS:
+            facts["component"] = Path(str(name)).name
     if side is None:
         return facts
     sample_size = config.sample_size or side

@@ -16,6 +16,9 @@ from peft.utils import PeftType
 
 _MAX_ENTRIES = 2**12  # of a list in a config, which may come from a stranger
 
+COMPONENTS = ("transformer", "transformer_2", "unet")
+"""What pipelines of Diffusers call the models that denoise, the main one first."""
+
 FORMAT_VERSION = 1
 """Of the config that is saved. Format 0 had no `format_version`, and other presets (see `families`)."""
 
@@ -59,6 +62,8 @@ class DiffFitConfig(PeftConfig):
         modules_to_save: modules trained and saved whole beside the DiffFit layers.
         init_weights: `True` starts from γ = 1, δ = 0. `False` starts from random values (for tests).
         base_config: shape of the base the adapter belongs to. Filled in when the adapter is attached.
+        component: what a pipeline calls the model: "transformer", "transformer_2" or "unet". Filled in where it is
+            known.
         format_version: of the saved config. Leave it out. When an adapter is attached, presets are written out as what
             they select in that model: a saved config names its layers.
 
@@ -104,6 +109,9 @@ class DiffFitConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "Start from γ = 1 and δ = 0."})
     base_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "Shape of the base; filled in when the adapter is attached."}
+    )
+    component: str | None = field(
+        default=None, metadata={"help": "What a pipeline calls the model; filled in where it is known."}
     )
     format_version: int | None = field(default=None, metadata={"help": "Format of the saved config; leave it out."})
 
@@ -155,6 +163,11 @@ class DiffFitConfig(PeftConfig):
         for name in ("new_biases", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={short(getattr(self, name))}: must be True or False.")
+        if self.component not in (None, *COMPONENTS):
+            raise ValueError(
+                f"component={short(self.component)}: must be one of {', '.join(COMPONENTS)}, or None."
+                + nearest(self.component, [*COMPONENTS])
+            )
 
     @classmethod
     def from_pretrained(

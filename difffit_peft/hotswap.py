@@ -34,7 +34,7 @@ def hotswap_adapter(
         model_name_or_path: folder or Hub id of the adapter to take the values of.
         adapter_name: the adapter to give them to.
         subfolder, revision, token, cache_dir, local_files_only, force_download: where on the Hub the adapter is, as for
-            `DiffFitLoaderMixin.load_difffit_weights`.
+            `load_adapter`.
 
     Raises:
         ValueError: if there is no such adapter or it is merged, or if the two belong to different bases, train

@@ -18,7 +18,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constan
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from .families import family_of
+from .config import COMPONENTS
+from .families import FAMILIES, family_name, family_of
 from .files import whole_files
 from .reading import HUB_CACHE, PIPELINE_INDEX, read_weights
 
@@ -40,7 +41,7 @@ def base_model_id(name_or_path: str) -> tuple[str, str | None]:
     if _HUB_ID.fullmatch(name_or_path) and not path.exists():
         return name_or_path, None
     path = path.resolve()
-    part = path.name == "transformer" or (path.parent / PIPELINE_INDEX).is_file()
+    part = path.name in COMPONENTS or (path.parent / PIPELINE_INDEX).is_file()
     return (path.parent if part else path).name, None
 
 
@@ -61,8 +62,9 @@ def save_adapter(
     dataset: str | None = None,
     training: dict[str, Any] | None = None,
     picture: PIL.Image.Image | None = None,
+    prompt: str | None = None,
 ) -> None:
-    """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_difffit_weights` takes it.
+    """Saves one adapter of a `PeftModel` right into `folder`, with a model card, as `load_adapter` takes it.
 
     Args:
         model: the `PeftModel`, compiled or not.
@@ -74,6 +76,7 @@ def save_adapter(
         dataset: a Hub id or a few words, for the card.
         training: settings, for the card.
         picture: becomes `samples.png`, which the card shows.
+        prompt: one that suits the adapter, for the card.
 
     Raises:
         ValueError: if there is no such adapter, or `state_dict` lacks weights of it. Nothing is then changed.
@@ -95,7 +98,7 @@ def save_adapter(
         if picture is not None:
             picture.save(partial / _PICTURE)
         name = repo_id or folder.resolve().name
-        card = _model_card(model, adapter_name, name, trained, license, dataset, training, picture is not None)
+        card = _model_card(model, adapter_name, name, trained, license, dataset, training, picture is not None, prompt)
         (partial / "README.md").write_text(str(card), encoding="utf-8")
 
 
@@ -188,6 +191,7 @@ def _model_card(
     dataset: str | None,
     training: dict[str, Any] | None,
     has_picture: bool,
+    prompt: str | None,
 ) -> ModelCard:
     config, base_model = model.peft_config[adapter_name], model.get_base_model()
     base = config.base_model_name_or_path or ""
@@ -211,39 +215,52 @@ def _model_card(
         trained=trained,
         share=trained / base_parameters(model),
         picture=f"\n![Samples]({_PICTURE})\n" if has_picture else "",
-        with_pipeline=_with_pipeline(config, base_model, path, base_path, on_hub),
-        with_peft=_with_peft(base_model, path, base_path + at_revision),
+        with_pipeline=_with_pipeline(config, base_model, path, base_path, on_hub, at_revision, prompt),
+        with_peft=_with_peft(config, base_model, path, base_path + at_revision),
         classes=f"## Classes\n\n{classes or config.num_classes}\n\n" if config.num_classes else "",
         training="\n".join(f"- {_code(key)}: {_code(value)}" for key, value in settings.items()) or "Not recorded.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def _with_pipeline(config: Any, base_model: nn.Module, path: str, base_path: str, on_hub: bool) -> str:
-    """How to load the adapter with a pipeline of this package, where the base's family has one."""
+def _with_pipeline(
+    config: Any, base_model: nn.Module, path: str, base_path: str, on_hub: bool, at_revision: str, prompt: str | None
+) -> str:
+    """How to load the adapter into a pipeline, and to make a picture with it where that takes a class or a prompt."""
     pipeline = family_of(base_model).pipeline
-    if pipeline is None:
+    folder = "" if on_hub else "  # a folder: this base is not on the Hub"
+    if pipeline is not None:
+        load = [f"pipe = {pipeline}.from_pretrained({path if on_hub else base_path}){folder}"]
+        load += [] if on_hub else [f"pipe.load_difffit_weights({path})"]
+        lines = [f"from difffit_peft import {pipeline}", "", *load]
+        lines += [f"images = pipe({_label_in_code(config)}).images", 'images[0].save("sample.png")']
+    elif isinstance(base_model, ModelMixin):
+        lines = ["import difffit_peft", "from diffusers import DiffusionPipeline", ""]
+        lines += [f"pipe = DiffusionPipeline.from_pretrained({base_path}{at_revision}){folder}"]
+        lines += [f"difffit_peft.load_adapter(pipe, {path})"]
+        family = family_name(base_model)
+        if family in FAMILIES and not re.search("Edit|ControlNet", family):  # what draws with a prompt alone
+            prompt = (prompt or "A picture")[:200]
+            call = f"pipe(prompt={json.dumps(prompt, ensure_ascii=not prompt.isprintable())})"
+            lines += [f"frames = {call}.frames" if "3D" in family else f'{call}.images[0].save("sample.png")']
+    else:
         return ""
+    return "\n".join(["With the package `difffit-peft`:", "", "```python", *lines, "```", "", ""])
+
+
+def _label_in_code(config: Any) -> str:
     names = [*(config.id2label or {}).values()]
     plain = next((label for label in names if re.fullmatch(r"[\w -]{1,60}", label) and names.count(label) == 1), None)
-    labels = "[0]" if plain is None else f"pipe.get_label_ids({json.dumps(plain, ensure_ascii=False)})"
-    load = f"pipe = {pipeline}.from_pretrained({path if on_hub else base_path})"
-    if not on_hub:
-        load += f"  # a folder: this base is not on the Hub\npipe.load_difffit_weights({path})"
-    lines = [f"from difffit_peft import {pipeline}", "", load, f"images = pipe({labels}).images"]
-    lines += ['images[0].save("sample.png")', "```", "", ""]
-    return "\n".join(["With the package `difffit-peft`:", "", "```python", *lines])
+    return "[0]" if plain is None else f"pipe.get_label_ids({json.dumps(plain, ensure_ascii=False)})"
 
 
-def _with_peft(base_model: nn.Module, path: str, base_arguments: str) -> str:
+def _with_peft(config: Any, base_model: nn.Module, path: str, base_arguments: str) -> str:
     """Python that loads the adapter with PEFT, onto a part of a pipeline of Diffusers or onto a model by itself."""
     cls = type(base_model)
     library, loaded, variable, part = cls.__module__.split(".")[0], cls.__name__, "model", "model"
     if isinstance(base_model, ModelMixin):
-        folder = Path(str(base_model.config.get("_name_or_path"))).name
         usual = "unet" if cls.__name__.startswith("UNet") else "transformer"
-        library, loaded, variable = "diffusers", "DiffusionPipeline", "pipe"
-        part = f"pipe.{folder if re.fullmatch(r'(transformer|unet)(_[0-9])?', folder) else usual}"
+        library, loaded, variable, part = "diffusers", "DiffusionPipeline", "pipe", f"pipe.{config.component or usual}"
     lines = ["import difffit_peft", f"from {library} import {loaded}", "from peft import PeftModel", ""]
     lines += [f"{variable} = {loaded}.from_pretrained({base_arguments})"]
     return "\n".join([*lines, f"{part} = PeftModel.from_pretrained({part}, {path})"])

@@ -146,7 +146,7 @@ def check_base_model_id(name: Any, revision: Any = None) -> tuple[str, str | Non
         raise ValueError(
             f"The adapter names the base {str(name)[:200]!r}, which is not the id of a repository on the Hub. (Of a "
             "base in a folder, an adapter keeps the folder's name.) Load the base with from_pretrained, and then the "
-            "adapter with load_difffit_weights."
+            "adapter with load_adapter(pipe, path), or pipe.load_difffit_weights(path)."
         )
     if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
         raise ValueError(

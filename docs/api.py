@@ -35,8 +35,8 @@ def cell(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|")
 
 
-def signature(name: str, thing: Any) -> str:
-    parameters = [p for p in inspect.signature(thing).parameters.values() if p.name != "self"]
+def signature(name: str, thing: Any, method: bool) -> str:
+    parameters = [*inspect.signature(thing).parameters.values()][int(method) :]
     plain = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
     return f"{name}{plain}"
 
@@ -64,7 +64,8 @@ def line(owner: Any, name: str) -> str:
     thing = getattr(owner, name)
     if isinstance(thing, property):
         return f"| `{name}` | {cell(inspect.cleandoc(thing.__doc__).split(chr(10) * 2)[0])} |"
-    return f"| `{signature(name, thing)}` | {cell(inspect.cleandoc(thing.__doc__).split(chr(10) * 2)[0])} |"
+    method = inspect.isclass(owner) and inspect.isfunction(thing)
+    return f"| `{signature(name, thing, method)}` | {cell(inspect.cleandoc(thing.__doc__).split(chr(10) * 2)[0])} |"
 
 
 def made(match: re.Match) -> str:

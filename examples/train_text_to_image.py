@@ -4,8 +4,8 @@
         --train_data_dir my_images --output_dir my_style --mixed_precision bf16 --max_train_steps 2000
 
 The folder has `metadata.jsonl` (or `.csv`) with `file_name` and `text`. Images and captions are encoded once, to a
-cache. Writes the adapter (the average of its weights over training) to `--output_dir`, where
-`peft.PeftModel.from_pretrained` finds it, and pictures of fixed prompts and seeds to `--output_dir/validation`.
+cache. Writes the adapter (the average of its weights over training) to `--output_dir`, for
+`difffit_peft.load_adapter(pipe, output_dir)`, and pictures of fixed prompts and seeds to `--output_dir/validation`.
 """
 
 import argparse

@@ -39,6 +39,7 @@ FIELDS = {
     "init_weights": ["yes", 3, None, []],
     "format_version": [n for n in NUMBERS if n != 0],
     "base_config": [[], 3, "x", *({"num_layers": value} for value in NUMBERS), {"unknown": 1}, {"sample_size": "8"}],
+    "component": ["vae", "unet_2", "../unet", "", 3, True, [], {}],
     "peft_type": ["LORA", "NONE", "difffit", 3, None, [], {}, "../DIFFFIT"],
     "task_type": ["CAUSAL_LM", "SEQ_CLS", "none", 3, {}, []],
 }

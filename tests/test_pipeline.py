@@ -486,7 +486,7 @@ def test_label_ids_of_unknown_names(pipe):
 
 
 def test_wrong_names_and_weights(folder, pipe):
-    with pytest.raises(ValueError, match="no DiffFit adapter: call load_difffit_weights"):
+    with pytest.raises(ValueError, match="no DiffFit adapter: call load_adapter.*load_difffit_weights"):
         pipe.set_adapters("fox")
     pipe.load_difffit_weights(folder / "fox", "fox")
     expected = images(pipe)

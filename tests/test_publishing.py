@@ -39,9 +39,9 @@ def images(pipe) -> torch.Tensor:
 
 
 def run_card(folder: Path, monkeypatch) -> dict:
-    """The names that the card's only code leaves behind, run beside the base."""
+    """The names that the card's code for PEFT leaves behind, run beside the base."""
     monkeypatch.chdir(folder)
-    (code,) = re.findall(r"```python\n(.*?)```", Path("adapter/README.md").read_text(encoding="utf-8"), re.DOTALL)
+    *_, code = re.findall(r"```python\n(.*?)```", Path("adapter/README.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     exec(compile(code.replace('"adapter"', '"./adapter"'), "README.md", "exec"), names)
     return names
@@ -84,7 +84,9 @@ def test_a_card_for_a_model_by_itself(tmp_path, monkeypatch):
     assert torch.equal(loaded(**tokens).last_hidden_state, model(**tokens).last_hidden_state)
 
 
-@pytest.mark.parametrize(("loaded_from", "part"), [("base/unet_2", "unet_2"), ("base", "unet"), (None, "unet")])
+@pytest.mark.parametrize(
+    ("loaded_from", "part"), [("base/transformer_2", "transformer_2"), ("base", "unet"), (None, "unet")]
+)
 def test_a_card_names_the_part_of_the_pipeline(tmp_path, loaded_from, part):
     unet = UNet2DConditionModel(
         **{"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8},
@@ -99,9 +101,11 @@ def test_a_card_names_the_part_of_the_pipeline(tmp_path, loaded_from, part):
 
 
 def test_the_name_of_a_base_is_its_pipelines(tmp_path):
-    """Whatever the part is called: its folder is beside the pipeline's index."""
-    part = tmp_path / "my-base" / "unet"
+    """Whatever the part is called, where its folder is beside the pipeline's index."""
+    for name in ("transformer", "transformer_2", "unet"):
+        assert base_model_id(str(tmp_path / "my-base" / name)) == ("my-base", None)
+    part = tmp_path / "my-base" / "prior"
     part.mkdir(parents=True)
-    assert base_model_id(str(part)) == ("unet", None)
+    assert base_model_id(str(part)) == ("prior", None)
     (tmp_path / "my-base" / "model_index.json").touch()
     assert base_model_id(str(part)) == ("my-base", None)

@@ -274,7 +274,8 @@ def card_of(run: Run) -> dict[str, Any]:
     } | {name: getattr(args, name) for name in SETTINGS}
     grids = grids_of(run)
     picture = label_rows(PIL.Image.open(grids[-1]), run.task.shown) if grids else None
-    return {"dataset": args.dataset_name, "training": training | run.task.card, "picture": picture}
+    shown = next(iter(run.task.shown), None)
+    return {"dataset": args.dataset_name, "training": training | run.task.card, "picture": picture, "prompt": shown}
 
 
 def measure(run: Run, adapter: Path) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -10,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiTPipeline
-from huggingface_hub import HfApi, create_repo, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
+from ...components import fused, models
 from ...config import nearest, plain, short
 from ...files import write
 from ...layer import Entry, names_in
-from ...loader import DiffFitLoaderMixin
-from ...publishing import save_adapter
-from ...reading import adapter_folder, cached_commit, check_base_model_id, hub_file, local_path, read_adapter
-
-_ADAPTERS = "adapters"  # where save_pretrained puts the adapters, beside transformer/, vae/ and scheduler/
+from ...pipelines import DiffFitLoaderMixin
 
 
 class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
@@ -86,6 +80,9 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             return ()
         return tuple(layer.merged_adapters or layer.active_adapters)
 
+    def _fused(self) -> bool:
+        return any(map(fused, models(self).values()))
+
     def _base_names(self) -> dict[int, str]:
         kept = names_of_base(self.transformer)
         return self._base_id2label if kept is None else kept
@@ -140,7 +137,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             guidance_scale = self._default_guidance_scale(entries)
         by_base = guidance == "domain" and guidance_scale > 1
         unguided: list[Entry] = ["__base__"] * len(entries) if by_base else entries
-        mixed = self._adapted() is not None and (by_base or adapter_names is not None)
+        mixed = "transformer" in models(self) and (by_base or adapter_names is not None)
 
         def hand_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             guided = kwargs["class_labels"].clone()
@@ -161,7 +158,7 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         if adapter_names is not None or guidance == "domain":
             if self._fused():
                 raise ValueError("Adapters are fused, and so part of the base: call unfuse_difffit() first.")
-            if self._adapted() is None and self._effective():
+            if not models(self) and self._effective():
                 raise ValueError(
                     "The adapters were put into the transformer without a PeftModel: for guidance by the base, or an "
                     "adapter per image, load them with load_difffit_weights()."
@@ -181,59 +178,6 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         adapters = [name for name in names_in(entry) if name != "__base__"]
         names = names_of_adapters(self.transformer.peft_config[name] for name in adapters)
         return self._base_names() if names is None else names
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffFitDiTPipeline:
-        """Loads a pipeline, or the base of an adapter and the adapter.
-
-        What `save_pretrained` or `push_to_hub` wrote comes with its adapters. Of an adapter (a folder or Hub id without
-        `model_index.json`, or with `subfolder`), the base and its revision are those its config names. `revision` and
-        `subfolder` are then the adapter's; other keyword arguments go to the base.
-
-        Raises:
-            ValueError: if it is neither, or an adapter that names no base, or one that is not an id of the Hub.
-            HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
-        """
-        path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
-        hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
-        revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
-        local = local_path(path, revision)
-        if local is not None:
-            is_pipeline = (local / cls.config_name).is_file()
-        else:
-            try:
-                index = hub_file(path, cls.config_name, revision=revision, **hub)
-                is_pipeline, revision = True, cached_commit(index) or revision  # all files of one commit
-            except EntryNotFoundError:
-                is_pipeline = False
-        if subfolder or not is_pipeline:
-            config, weights = read_adapter(adapter_folder(path, subfolder, revision, **hub))
-            if not config.base_model_name_or_path:
-                raise ValueError(
-                    f"{path} is an adapter that names no base: load the base with from_pretrained, and then "
-                    f"load_difffit_weights({path!r})."
-                )
-            base, revision = check_base_model_id(config.base_model_name_or_path, config.revision)
-            pipe = super().from_pretrained(base, revision=revision, **kwargs)
-            pipe._attach(config, weights, "default_0")
-            return pipe
-        pipe = super().from_pretrained(path if local is None else str(local), revision=revision, **kwargs)
-        if local is None:  # Diffusers downloads the parts alone
-            wanted = [cls.config_name, f"{_ADAPTERS}/*.json", f"{_ADAPTERS}/*.safetensors"]
-            local = Path(snapshot_download(path, revision=revision, allow_patterns=wanted, **hub))
-        adapters = sorted(folder for folder in (local / _ADAPTERS).glob("*") if folder.is_dir())
-        for folder in adapters:
-            pipe.load_difffit_weights(folder, folder.name)
-        state = local / _ADAPTERS / "active.json"
-        if adapters and state.is_file():
-            active = json.loads(state.read_text())
-            if not isinstance(active, dict):
-                raise ValueError(f"{state} holds a {type(active).__name__}, not an object of names and scales.")
-            if active:
-                pipe.set_adapters(list(active), list(active.values()))
-            else:
-                pipe.disable_difffit()
-        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiTPipeline, **kwargs: Any) -> DiffFitDiTPipeline:
@@ -262,66 +206,11 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             ValueError: with `push_to_hub`; and if the folder holds adapters that this would not write over, which
                 would be loaded with what it does write. Nothing is then changed.
         """
-        save_directory = os.path.expanduser(save_directory)
-        transformer, adapted, fused = self.transformer, self._adapted(), self._fused()
-        folder = Path(save_directory, _ADAPTERS)
-        saved = self._refuse_others(str(folder), {f.name for f in folder.glob("*") if f.is_dir()})
-        if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub=True: call push_to_hub(repo_id), which uploads the adapters too.")
-        if adapted is not None and saved:
-            layers = adapted.base_model._difffit_layers()
-            scales = {
-                name: next(float(layer.scale[name]) for layer in layers if name in layer.scale)
-                for name in self.get_active_adapters()
-            }
-        try:
-            if adapted is not None:
-                other = copy.deepcopy(adapted)
-                self.transformer = other.merge_and_unload(adapter_names=fused) if fused else other.unload()
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.transformer = transformer
-        index = Path(save_directory, self.config_name)
-        stock = {"_class_name": "DiTPipeline", "id2label": self._base_names() if saved else self.id2label}
-        text = json.dumps(json.loads(index.read_text()) | stock, indent=2)
+        super().save_pretrained(save_directory, **kwargs)
+        index = Path(save_directory, self.config_name).expanduser()
+        names = {"id2label": self.id2label if self._fused() else self._base_names()}
+        text = json.dumps(json.loads(index.read_text()) | names, indent=2)
         write(index, lambda partial: partial.write_text(text + "\n"))
-        if saved:
-            for name in saved:
-                save_adapter(adapted, folder / name, name)
-            write(folder / "active.json", lambda partial: partial.write_text(json.dumps(scales)))
-        else:
-            folder.joinpath("active.json").unlink(missing_ok=True)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Uploads what `save_pretrained` writes, in one commit: `from_pretrained(repo_id)` gives it back.
-
-        Keyword arguments as for every pipeline of Diffusers.
-
-        Raises:
-            ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
-            HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
-        """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
-        self._refuse_others(repo_id, {part[1] for part in parts if part[0] == _ADAPTERS and len(part) > 2})
-        return super().push_to_hub(repo_id, commit_message, private, token, **kwargs)
-
-    def _refuse_others(self, place: str, there: set[str]) -> list[str]:
-        """The adapters to save; refuses a place with others, which would be loaded with them."""
-        saved = [] if self._fused() else self.get_list_adapters()
-        if others := sorted(there - {*saved}):
-            raise ValueError(
-                f"{place} holds the adapters {others}, which this pipeline has not to save: they would be loaded with "
-                "it. Remove them, or choose another place."
-            )
-        return saved
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class indices of names: of one, or of each in a list.

@@ -1,0 +1,151 @@
+"""Whole pipelines with their adapters: loaded, and pipeline classes that have the verbs as methods."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, create_repo, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from . import loader
+from .components import ACTIVE, ADAPTERS, activate, attach, models, refuse_others, save_pipeline, saved_adapters
+from .merging import check_names
+from .reading import (
+    PIPELINE_INDEX,
+    adapter_folder,
+    cached_commit,
+    check_base_model_id,
+    hub_file,
+    local_path,
+    read_adapter,
+)
+
+
+def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    """Loads a stock pipeline with its adapters, or the base of an adapter and the adapter.
+
+    What `save_pipeline` or `push_to_hub` wrote comes with its adapters. Of an adapter (a folder or Hub id without
+    `model_index.json`, or with `subfolder`), the base and its revision are those its config names.
+
+    Args:
+        pretrained_model_name_or_path: folder or Hub id of the pipeline or the adapter.
+        kwargs: as for `DiffusionPipeline.from_pretrained`. `revision` and `subfolder` of an adapter are its own; other
+            keyword arguments go to the base.
+
+    Raises:
+        ValueError: if it is neither, or an adapter that names no base, or one that is not an id of the Hub.
+        HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
+    """
+    return _load(DiffusionPipeline.from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+
+def _load(load: Callable[..., Any], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    """As `load_pipeline`, with the function that loads the pipeline itself."""
+    path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
+    hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
+    revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
+    local = local_path(path, revision)
+    if local is not None:
+        is_pipeline = (local / PIPELINE_INDEX).is_file()
+    else:
+        try:
+            index = hub_file(path, PIPELINE_INDEX, revision=revision, **hub)
+            is_pipeline, revision = True, cached_commit(index) or revision  # all files of one commit
+        except EntryNotFoundError:
+            is_pipeline = False
+    if subfolder or not is_pipeline:
+        config, weights = read_adapter(adapter_folder(path, subfolder, revision, **hub))
+        if not config.base_model_name_or_path:
+            raise ValueError(
+                f"{path} is an adapter that names no base: load the base with from_pretrained, and then the adapter "
+                f"with load_adapter(pipe, {path!r}), or pipe.load_difffit_weights({path!r})."
+            )
+        base, revision = check_base_model_id(config.base_model_name_or_path, config.revision)
+        pipe = load(base, revision=revision, **kwargs)
+        attach(pipe, config, weights)
+        return pipe
+    pipe = load(path if local is None else str(local), revision=revision, **kwargs)
+    if local is None:  # Diffusers downloads the parts alone
+        wanted = [PIPELINE_INDEX, f"{ADAPTERS}/*.json", f"{ADAPTERS}/*.safetensors"]
+        local = Path(snapshot_download(path, revision=revision, allow_patterns=wanted, **hub))
+    _load_adapters(pipe, local / ADAPTERS)
+    return pipe
+
+
+def _load_adapters(pipe: Any, folder: Path) -> None:
+    """Loads the adapters of a saved pipeline, and makes those active that were."""
+    for adapter in sorted(path for path in folder.glob("*") if path.is_dir()):
+        name, _, component = adapter.name.partition(".")
+        loader.load_adapter(pipe, adapter, name, component=component or None)
+    state, saved = folder / ACTIVE, saved_adapters(pipe)
+    if not saved or not state.is_file():
+        return
+    active = json.loads(state.read_text())
+    if not isinstance(active, dict):
+        raise ValueError(f"{state} holds a {type(active).__name__}, not an object of names and scales.")
+    check_names(active, saved)
+    if not active:
+        loader.disable_adapters(pipe)
+        return
+    for key, scale in active.items():
+        model, name = saved[key]
+        model.set_scale(name, scale)
+    for model in models(pipe).values():
+        activate(model, [saved[key][1] for key in active if saved[key][0] is model])
+
+
+class DiffFitLoaderMixin:
+    """Loads, blends, fuses and saves DiffFit adapters; verbs as for LoRA in Diffusers.
+
+    For a pipeline class of your own: `class MyPipeline(DiffFitLoaderMixin, SanaPipeline)`. The verbs are the functions
+    of `difffit_peft` that take any pipeline.
+    """
+
+    load_difffit_weights = loader.load_adapter
+    set_adapters = loader.set_adapters
+    get_active_adapters = loader.get_active_adapters
+    get_list_adapters = loader.get_list_adapters
+    delete_adapters = loader.delete_adapters
+    unload_difffit_weights = loader.unload_adapters
+    disable_difffit = loader.disable_adapters
+    enable_difffit = loader.enable_adapters
+    fuse_difffit = loader.fuse_adapters
+    unfuse_difffit = loader.unfuse_adapters
+    save_difffit_weights = loader.save_adapter
+    push_difffit_to_hub = loader.push_adapter
+    save_pretrained = save_pipeline
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a pipeline of this class with its adapters, or the base of an adapter and the adapter.
+
+        As `load_pipeline`, which takes the class that the pipeline names.
+        """
+        return _load(super().from_pretrained, pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, in one commit: `from_pretrained(repo_id)` gives it back.
+
+        Keyword arguments as for every pipeline of Diffusers.
+
+        Raises:
+            ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
+            HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
+        there = {part[1] for part in parts if part[0] == ADAPTERS and len(part) > 2}
+        refuse_others(repo_id, there, saved_adapters(self))
+        return super().push_to_hub(repo_id, commit_message, private, token, **kwargs)  # type: ignore[misc]
