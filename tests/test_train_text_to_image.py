@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors.torch import load_file
-from text_pipelines import PIPELINES, make_captioned_folder, make_text_pipeline
+from text_pipelines import PIPELINES, make_captioned_folder, make_text_pipeline, qwen_image
 
 from difffit_peft.training.images import load_captioned_images
 from difffit_peft.training.objective import noising
@@ -141,6 +141,12 @@ def test_prompts_of_several_lengths_in_a_batch(family):
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
         others = text.predict(text.model, x_t, timesteps, prompts[::-1])
     assert (together - others)[[0, 2]].abs().amax() > 1e-3  # prompts tell
+
+
+@pytest.mark.skipif("Qwen-Image" in PIPELINES, reason="needs Diffusers 0.36")
+def test_qwen_image_is_refused_where_it_masks_no_text():
+    with pytest.raises(ValueError, match="Qwen-Image masks no text in Diffusers 0.36.*: install Diffusers 0.37"):
+        family_of_pipeline("QwenImagePipeline")(qwen_image())
 
 
 @pytest.mark.parametrize("family", PIPELINES)
