@@ -26,6 +26,7 @@ import numpy as np
 import resvg_py
 from dicebear import Avatar, Style
 from difffit_peft.files import write
+from difffit_peft.training.scripts import run_script
 from PIL import Image
 from tqdm import tqdm
 
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

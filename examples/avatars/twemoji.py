@@ -18,6 +18,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from difffit_peft.files import write
+from difffit_peft.training.scripts import run_script
 from PIL import Image as PILImage
 from tqdm import tqdm
 
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
