@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--domain", choices=list(DOMAINS), default="inside")
-    parser.add_argument("--max_train_steps", type=positive_int, default=400)
+    parser.add_argument("--max_train_steps", type=positive_int, default=700)
     parser.add_argument("--learning_rate", type=float, default=8e-3)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
