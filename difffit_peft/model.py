@@ -213,6 +213,7 @@ class DiffFitModel(PlacedModules, BaseTuner):
             low_rank_modules=among(low_rank),
             num_classes=max(classes) if classes and None not in classes else None,
             id2label=labels[0] if all(names == labels[0] for names in labels) else None,
+            init_class_rows="base" if all(config.init_class_rows == "base" for config in configs) else "null",
             background=backgrounds.pop() if len(backgrounds) == 1 else None,
             trained_guidance_scale=guidance.pop() if len(guidance) == 1 else None,
             init_weights=True,

@@ -151,8 +151,15 @@ def test_new_classes_start_as_the_classes_they_are_like(dit, inputs):
     like = {**inputs, "class_labels": torch.tensor([9, 4, NULL, 7, 9])}
     expected = outputs(dit, like)
     model = get_peft_model(dit, DiffFitConfig(num_classes=3, init_class_rows=[9, 9, 4]))
-    given = outputs(model, {**inputs, "class_labels": torch.tensor([0, 2, NULL, 7, 1])})
-    assert torch.allclose(given, expected, atol=1e-5)
+    new = {**inputs, "class_labels": torch.tensor([0, 2, NULL, 7, 1])}
+    assert torch.allclose(outputs(model, new), expected, atol=1e-5)
+    model.add_adapter("other", DiffFitConfig(num_classes=4))
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "blend")  # of more classes than the list has
+    model.set_adapter("blend")
+    assert torch.allclose(
+        outputs(model, {**inputs, "class_labels": torch.tensor([0, 2, NULL, 7, 1])}), expected, atol=1e-5
+    )
+    assert DiffFitConfig(**model.peft_config["blend"].to_dict()).num_classes == 4
     with pytest.raises(ValueError, match="names the class 1000, but the base has the classes 0 to 999"):
         get_peft_model(make_dit(), DiffFitConfig(num_classes=1, init_class_rows=[1000]))
 

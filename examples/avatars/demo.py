@@ -30,6 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 import train_difffit  # noqa: E402
 
 NULL_CLASS = 1000
+STEPS, LEARNING_RATE = 700, 8e-3
 HELD_OUT = 60  # of each class, and as many samples
 CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
 SHOWN = 3  # seeds of each class
@@ -52,7 +53,12 @@ def fastest_precision() -> str:
 def train_adapter(
     base: Path, domain: str, output_dir: Path, cache: Path, precision: str, steps: int, rate: float, *more: str
 ):
-    """Trains an adapter of a domain with `examples/train_difffit.py`; `more` are options of that script."""
+    """Trains an adapter of a domain with `examples/train_difffit.py`; `more` are options of that script.
+
+    Its classes start from those of the base that they are variants of, where there are such.
+    """
+    styles = [style for style, _ in DOMAINS[domain].values()]
+    start = ["--init_classes", *styles] if {*styles} <= {*BASE} else []
     return train_difffit.main(
         train_difffit.parse_args(
             [
@@ -72,6 +78,7 @@ def train_adapter(
                 *("--report_to", "none"),
                 *("--checkpointing_steps", "1000000"),  # it takes minutes, and may be run again
                 "--no-random_flip",
+                *start,
                 *more,
             ]
         )
@@ -103,20 +110,18 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--domain", choices=list(DOMAINS), default="inside")
-    parser.add_argument("--max_train_steps", type=positive_int, default=700)
-    parser.add_argument("--learning_rate", type=float, default=8e-3)
+    parser.add_argument("--max_train_steps", type=positive_int, default=STEPS)
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
     args = parser.parse_args()
 
     adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
     precision = fastest_precision()
-    names, new = zip(*DOMAINS[args.domain].items(), strict=True)
-    like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
-    start = [] if NULL_CLASS in like else ["--init_classes", *(style for style, _ in new)]
     steps, rate = args.max_train_steps, args.learning_rate
-    result = train_adapter(args.base, args.domain, adapter, cache, precision, steps, rate, *start)
+    result = train_adapter(args.base, args.domain, adapter, cache, precision, steps, rate)
 
+    names, new = zip(*DOMAINS[args.domain].items(), strict=True)
     train = real(new, CLASSIFIED, "train", cache)
     known = real([(style, {}) for style in BASE], CLASSIFIED, "train", cache)
     held_out, other = (real(new, HELD_OUT, split, cache) for split in ("test", "other"))
@@ -126,6 +131,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
     how = (args.guidance_scale, args.num_inference_steps)
+    like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
     before = sample(pipe, [like[label] for label in labels], *how, "Sampling the base")
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
     after = sample(pipe, labels, *how, "Sampling the adapted model")

@@ -26,9 +26,15 @@ def real(styles: list[tuple[str, dict]], count: int, split: str, cache_dir: Path
 
 
 def sample(
-    pipe: DiTPipeline, labels: list[int], guidance_scale: float, num_inference_steps: int, desc: str, **kwargs: Any
+    pipe: DiTPipeline,
+    labels: list[int],
+    guidance_scale: float,
+    num_inference_steps: int,
+    desc: str,
+    first_seed: int = 0,
+    **kwargs: Any,
 ) -> Tensor:
-    """One picture per label, (N, 3, 64, 64), uint8, from seeds 0, 1, 2...; `kwargs` are the pipeline's."""
+    """One picture per label, (N, 3, side, side), uint8, each of the next seed; `kwargs` are the pipeline's."""
     batches = []
     for start in tqdm(range(0, len(labels), 60), desc=desc):
         batch = labels[start : start + 60]
@@ -36,7 +42,7 @@ def sample(
             batch,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+            generator=[torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))],
             output_type="np",
             **kwargs,
         ).images

@@ -34,7 +34,7 @@ from tqdm import tqdm
 EXAMPLES = Path(__file__).resolve().parents[1]
 AVATARS = EXAMPLES / "avatars"
 sys.path[:0] = [str(EXAMPLES), str(AVATARS)]
-from judge import Classifier, ImageNetFeatures  # noqa: E402
+from judge import Classifier, ImageNetFeatures, sample  # noqa: E402
 from render import BUNDLED, bundle  # noqa: E402
 
 import evaluate_images  # noqa: E402
@@ -178,7 +178,8 @@ class Bench:
                 result["loss"] = loop.validation_loss(ConcatDataset([test] * 2), 50)
                 pipe.transformer = model.eval()
                 labels = evaluate_images.spread(test.labels, run.num_images)
-                images = sample(pipe, labels, run)
+                how = (run.guidance_scale, run.num_inference_steps)
+                images = sample(pipe, labels, *how, run.name, first_seed=1000 * run.seed)
                 result |= self.judge(run.domain, run.resolution)(images, torch.tensor(labels))
                 pictures = DiTPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
                 grid = make_image_grid(pictures, len(pictures) // COLUMNS, COLUMNS)
@@ -274,19 +275,3 @@ def base() -> DiTPipeline:
 def to_bytes(pixels: Tensor) -> Tensor:
     """uint8 of pixels in [-1, 1]."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def sample(pipe: DiTPipeline, labels: list[int], run: Run) -> Tensor:
-    """An image for each label, uint8 (N, 3, resolution, resolution), each with a seed of its own."""
-    batches = []
-    for start in tqdm(range(0, len(labels), 50), desc="Sampling"):
-        batch = labels[start : start + 50]
-        images = pipe(
-            batch,
-            guidance_scale=run.guidance_scale,
-            num_inference_steps=run.num_inference_steps,
-            generator=[torch.Generator().manual_seed(1000 * run.seed + start + i) for i in range(len(batch))],
-            output_type="pt",
-        ).images
-        batches.append(to_bytes(images * 2 - 1))
-    return torch.cat(batches)

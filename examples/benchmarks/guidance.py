@@ -20,12 +20,11 @@ from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, publish, table
 
 sys.path.insert(0, str(adaptation.AVATARS))
-from demo import fastest_precision, train_adapter  # noqa: E402
+from demo import LEARNING_RATE, STEPS, fastest_precision, train_adapter  # noqa: E402
 from judge import sample  # noqa: E402
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 TRAINED_IN = "trained in"
-LEARNING_RATE = 8e-3
 
 Measures = dict[str, dict[float, dict[str, float]]]
 
@@ -59,7 +58,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--work_dir", type=Path, default=ROOT / "runs/guidance", help="where adapters are kept")
     args = arguments.parse_args()
-    domains, steps, count = (("near",), 20, 24) if args.short else (("inside", "near", "middle"), 400, 200)
+    domains, steps, count = (("near",), 20, 24) if args.short else (("inside", "near", "middle"), STEPS, 200)
     folder = args.work_dir / ("short" if args.short else "long")
     bench = adaptation.Bench(folder, lambda *_: None, classifier_steps=60 if args.short else 600, held_out=100)
     results = {d: measures(d, bench, steps, count, (1.0, 1.5) if args.short else SCALES) for d in domains}

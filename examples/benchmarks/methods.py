@@ -131,14 +131,12 @@ def adapt(name: str, model: DiTTransformer2DModel, num_classes: int | None = Non
     if name == "BitFit" or (name in _PEFT and num_classes):
         rows = DiffFitConfig(target_modules=["embedding_table"], gamma_modules=[], num_classes=num_classes)
         adapted = get_peft_model(model, rows)
-        of_rows = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        if name in _PEFT:
+        if name in _PEFT:  # which leaves what other tuners train as it is
             inject_adapter_in_model(copy.deepcopy(_PEFT[name]), model)
+            return adapted
         for parameter_name, parameter in adapted.named_parameters():
-            if name == "BitFit" and parameter_name.endswith(".bias"):
+            if parameter_name.endswith(".bias"):
                 parameter.requires_grad_(True)
-        for parameter in of_rows:  # PEFT freezes what is not of the method that it puts in
-            parameter.requires_grad_(True)
         return adapted
     conditioning.share(model)
     if name == "full":
