@@ -1,5 +1,6 @@
 """How good the bundled base is, and how it became so: distances and recognised samples over the steps of its training.
 
+    python examples/avatars/measure_base.py                                   # the bundled base
     python examples/avatars/measure_base.py --steps runs/avatars/base/step-*  # the pipelines that train_base.py left
 
 Samples of every class are compared with as many held-out pictures of it. Their Fréchet distance stands beside that of
@@ -19,7 +20,8 @@ from matplotlib.figure import Figure
 from render import BASE, CACHE, DOMAINS
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "benchmarks"))
 from report import output_dir, parser, publish, table, target  # noqa: E402
 
 NETWORKS = ("EfficientNet-Lite0", "classifier")
@@ -38,7 +40,7 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--steps", type=Path, nargs="+", required=True, help="pipelines, in their order")
+    arguments.add_argument("--steps", type=Path, nargs="+", default=[HERE / "base"], help="pipelines, in their order")
     arguments.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
     arguments.add_argument("--per_class", type=int, default=10, help="samples of each class")
     arguments.add_argument("--guidance_scale", type=float, default=2.0)
@@ -46,6 +48,10 @@ def main() -> None:
     arguments.add_argument("--classifier_steps", type=int, default=1500)
     args = arguments.parse_args()
     args.per_class = 4 if args.short else args.per_class
+    if len(args.steps) > 1 and not all(folder.name.rpartition("-")[2].isdecimal() for folder in args.steps):
+        raise ValueError(
+            f"--steps: the folders {[f.name for f in args.steps]} must end in a step, as step-001000 does."
+        )
 
     styles = [(style, {}) for style in BASE]
     domains = [new for name in ("near", "middle") for new in DOMAINS[name].values()]
@@ -80,10 +86,10 @@ def main() -> None:
 
 def report(folder: Path, about: dict, results: dict[str, dict[str, float]]) -> None:
     """Publishes what was measured: `results[pipeline]` and `results["real"]` by measure."""
-    steps = {int(name.rpartition("-")[2]): measured for name, measured in results.items() if name != "real"}
-    real_ones, best = results["real"], steps[max(steps)]
-    rows = [(str(step), *(f"{value:.3g}" for value in measured.values())) for step, measured in steps.items()]
-    columns = ("steps", *(f"Fréchet distance, {name}" for name in NETWORKS), "recognised")
+    pipelines = {name: measured for name, measured in results.items() if name != "real"}
+    real_ones, *_, best = results.values()  # the first and the last
+    rows = [(name, *(f"{value:.3g}" for value in measured.values())) for name, measured in pipelines.items()]
+    columns = ("pipeline", *(f"Fréchet distance, {name}" for name in NETWORKS), "recognised")
     markdown = (
         f"Samples of the {len(BASE)} classes, {about['per_class']} of each, guidance {about['guidance_scale']:g}, "
         "against as many held-out pictures, by 64 components of EfficientNet-Lite0's features and by the 64 features "
@@ -96,19 +102,20 @@ def report(folder: Path, about: dict, results: dict[str, dict[str, float]]) -> N
     for name in NETWORKS:
         share = best[name] / real_ones[name]
         targets.append(target(f"Fréchet distance of the base ÷ of real pictures, {name}", "≤", 3, share))
-    earlier = steps[min(step for step in steps if step >= 0.75 * max(steps))]
-    improved = 100 * (1 - best[NETWORKS[0]] / earlier[NETWORKS[0]])
-    targets.append(
-        target(f"Fréchet distance, {NETWORKS[0]}: better by the last quarter of the steps, %", "≤", 3, improved)
-    )
     for kind, least in (("base", 30), ("unseen", 28)):
         targets.append(target(f"VAE, styles: {kind}, dB", "≥", least, about["vae_psnr"][kind]))
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 3), real_ones, strict=True):
-        axis.plot([*steps], [measured[name] for measured in steps.values()], marker=".")
-        axis.axhline(real_ones[name], color="gray", linestyle=":")
-        title = "samples taken for their class" if name == "recognised" else f"Fréchet distance, {name}"
-        axis.set(title=title, xlabel="steps", ylim=(0, None))
+    figure = None
+    if len(pipelines) > 1:
+        steps = {int(name.rpartition("-")[2]): measured for name, measured in pipelines.items()}
+        earlier = steps[min(step for step in steps if step >= 0.75 * max(steps))]
+        what = f"Fréchet distance, {NETWORKS[0]}: better by the last quarter of the steps, %"
+        targets.append(target(what, "≤", 3, 100 * (1 - best[NETWORKS[0]] / earlier[NETWORKS[0]])))
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        for axis, name in zip(figure.subplots(1, 3), real_ones, strict=True):
+            axis.plot([*steps], [measured[name] for measured in steps.values()], marker=".")
+            axis.axhline(real_ones[name], color="gray", linestyle=":")
+            title = "samples taken for their class" if name == "recognised" else f"Fréchet distance, {name}"
+            axis.set(title=title, xlabel="steps", ylim=(0, None))
     publish(folder, "base", "The bundled base", markdown, {**about, "results": results}, figure, targets)
 
 
