@@ -15,10 +15,10 @@ demo: .venv/demo-installed
 	$(BIN)/python examples/avatars/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8
 
 test-lowest: .venv-lowest/installed
-	DIFFFIT_TEST_SEQUENCES=50 .venv-lowest/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 DIFFFIT_TEST_SEQUENCES=50 .venv-lowest/bin/python -m pytest -q -n logical --maxprocesses 8
 
 test-app: .venv-app/installed
 	.venv-app/bin/python -m pytest -q tests/test_app.py

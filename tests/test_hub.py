@@ -553,6 +553,7 @@ def test_an_upload_that_is_not_allowed(trained):
         ("me/fox", "hf_nobody", "Invalid user token"),
         ("me/fox", "", "no token found"),
     ],
+    ids=["name", "other namespace", "read only", "unknown token", "no token"],
 )
 def test_what_cannot_be_pushed_is_refused_before_anything_is_computed(
     trained, tmp_path, monkeypatch, repo_id, token, message
