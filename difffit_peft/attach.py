@@ -18,6 +18,7 @@ from .families import Family, family_name, family_of
 from .layer import DiffFitLayer
 from .norms import is_norm
 from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters
+from .projections import check_not_fused, guard_projections, unguard_projections
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 
@@ -34,7 +35,8 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     """
     family = family_of(model, config.format_version)
     facts = _facts_of_base(config, model, family, adapters)
-    undo_family, undo_parameters = family.prepare(model), attach_parameters(model)
+    check_not_fused(model)
+    undo = [guard_projections(model), family.prepare(model), attach_parameters(model)]
     try:
         layers = named_layers(model, family)
         planned = plan(config, layers, family, type(model).__name__, saved_whole(config, model, layers))
@@ -42,8 +44,8 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
         if "sample_size" in facts:
             family.move_to(model, facts["sample_size"])
     except Exception:
-        undo_parameters()
-        undo_family()
+        for step in reversed(undo):
+            step()
         raise
     facts |= spelled_out(config, planned, layers, family) | {"format_version": FORMAT_VERSION}
     for name, value in facts.items():
@@ -54,6 +56,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
 def restore(model: nn.Module, merged: bool) -> None:
     """Undoes `prepare` when the adapters are gone or, if `merged`, are part of the weights."""
     detach_parameters(model.modules())
+    unguard_projections(model.modules())
     family_of(model).restore(model, merged=merged)
 
 
