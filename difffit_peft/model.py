@@ -22,7 +22,7 @@ from .config import DiffFitConfig, finite, short
 from .families import family_of
 from .layer import DiffFitLayer, names_in
 from .merging import check_names, merge_layers, names_to_merge, owners_of_parameters, tied_parameters
-from .parameters import check_one_for_all_samples
+from .parameters import check_mixable
 from .publishing import base_model_id
 from .targets import exactly, matching
 
@@ -232,7 +232,7 @@ class DiffFitModel(PlacedModules, BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
-        check_one_for_all_samples(self, {name for entry in adapter_names for name in names_in(entry)})
+        check_mixable(self.model, {name for entry in adapter_names for name in names_in(entry)})
 
         def hand_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, kwargs | {"adapter_names": adapter_names}

@@ -7,6 +7,7 @@ name in a state dict, stay what they are.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,15 @@ def detach_parameters(modules: Any) -> None:
                     owner._forward_hooks_always_called.pop(key, None)
 
 
-def check_one_for_all_samples(model: nn.Module, adapters: set[str]) -> None:
-    """Raises `ValueError` if one of the adapters changes a parameter: no batch can mix those."""
+def check_mixable(model: nn.Module, adapters: set[str]) -> None:
+    """Raises `ValueError` if a batch cannot mix these adapters: one changes a parameter, which all samples have in
+    common, or the model's layers are called with rows that are no samples, though there may be as many of them."""
+    if "timestep_indices" in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"Cannot pass `adapter_names`: {type(model).__name__} computes a row for each timestep, of which a token "
+            "has the one that `timestep_indices` says: the rows are no samples. Call it once for each adapter, after "
+            "set_adapter."
+        )
     layers = [m for m in model.modules() if isinstance(m, DiffFitParameter) and adapters & {*m.difffit_delta}]
     if layers:
         raise ValueError(
