@@ -17,7 +17,7 @@ from .config import COMPONENTS, FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
 from .layer import DiffFitLayer
 from .norms import is_norm
-from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters
+from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters, is_of_parameter
 from .projections import check_not_fused, guard_projections, unguard_projections
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
@@ -167,11 +167,16 @@ def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Mod
         )
     check_weight_names({*planned}, {*found})
     for name, shape in planned.items():
-        if found[name] != shape:
+        if found.get(name, shape) != shape:
             raise ValueError(f"The file's weights do not fit its config: {name} has shape {found[name]}, not {shape}.")
 
 
 def check_weight_names(expected: set[str], found: set[str]) -> None:
+    """Raises `ValueError` unless a file has the weights expected of it. One that was saved before parameters that no
+    layer holds were trained has none of theirs."""
+    parameters = set(filter(is_of_parameter, expected))
+    if found and not found & parameters:
+        expected = expected - parameters
     if expected != found:
         raise ValueError(
             f"The file's weights do not fit its config: {len(expected - found)} are missing and "

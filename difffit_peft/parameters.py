@@ -88,6 +88,20 @@ def detach_parameters(modules: Any) -> None:
                     owner._forward_hooks_always_called.pop(key, None)
 
 
+def is_of_parameter(weight: str) -> bool:
+    """Whether an adapter's weight of this name is the δ of such a parameter."""
+    return re.search(rf"(^|\.){_CHILD.format('[^.]+')}\.difffit_delta", weight) is not None
+
+
+def forget_parameters(model: nn.Module, config: DiffFitConfig, adapter_name: str, missing: set[str]) -> None:
+    """Takes an adapter off the parameters whose δ its file has not: it was saved before they were trained."""
+    names = {weight.partition(".difffit_delta")[0] for weight in missing}
+    for name in names:
+        del model.get_submodule(name).difffit_delta[adapter_name]
+    if names:
+        config.exclude_modules = [*(config.exclude_modules or ()), *sorted({n.rpartition(".")[2] for n in names})]
+
+
 def check_mixable(model: nn.Module, adapters: set[str]) -> None:
     """Raises `ValueError` if a batch cannot mix these adapters: one changes a parameter, which all samples have in
     common, or the model's layers are called with rows that are no samples, though there may be as many of them."""
