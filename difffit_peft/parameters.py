@@ -53,6 +53,18 @@ class DiffFitParameter(DiffFitLayer):
         weight = self.get_base_layer().weight
         return None if delta is None else weight + delta.to(weight.dtype)
 
+    def swap_in(self) -> None:
+        """Puts that value in the place of the owner's attribute."""
+        base = self.get_base_layer()
+        if (value := self.value()) is not None:
+            base.owner.__dict__[base.name] = value
+
+    def _fill_scale(self, adapter_name: str, scale: float) -> None:
+        super()._fill_scale(adapter_name, scale)
+        base = self.get_base_layer()
+        if base.name in base.owner.__dict__:  # the owner's forward runs: a model of Diffusers scales its layers within
+            self.swap_in()
+
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
         weight = base["weight"].to(torch.promote_types(base["weight"].dtype, torch.float32))
         delta = self._composed("difffit_delta", adapters)
@@ -122,8 +134,8 @@ def check_mixable(model: nn.Module, adapters: set[str]) -> None:
 
 def _swap_in(owner: nn.Module, args: tuple) -> None:
     for child in owner._modules.values():
-        if isinstance(child, DiffFitParameter) and (value := child.value()) is not None:
-            owner.__dict__[child.get_base_layer().name] = value
+        if isinstance(child, DiffFitParameter):
+            child.swap_in()
 
 
 def _swap_out(owner: nn.Module, args: tuple, output: Any) -> None:

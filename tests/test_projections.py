@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import CLOSE, randomise
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from family_checks import output
 from peft import get_peft_model
-from test_families import output
 from tiny import TINY
 
 import difffit_peft
