@@ -75,7 +75,8 @@ class Checks:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.model.eval()
         assert trained and all(".difffit_" in name for name in trained)
-        assert {name for name, p in trained.items() if p.grad is None or not p.grad.any()} == set()
+        idle = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+        assert not idle, f"{len(idle)} of {len(trained)} have no part in the output, such as {idle[0]}"
 
     def scale(self) -> None:
         """At scale 0 and disabled it is the base, to the last bit; so it is through Diffusers' `attention_kwargs`."""
