@@ -61,6 +61,7 @@ class Checks:
         self.state = {name: tensor.clone() for name, tensor in self.base.state_dict().items()}
         self.before = output(self.base, self.inputs)
         self.model = get_peft_model(self.base, DiffFitConfig()).eval()
+        self.idle: list[str] = []
 
     def identity(self) -> None:
         """A new adapter changes no bit."""
@@ -75,8 +76,8 @@ class Checks:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.model.eval()
         assert trained and all(".difffit_" in name for name in trained)
-        idle = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
-        assert not idle, f"{len(idle)} of {len(trained)} have no part in the output, such as {idle[0]}"
+        self.idle = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+        assert not self.idle, f"{len(self.idle)} of {len(trained)} have no part in the output, such as {self.idle[0]}"
 
     def scale(self) -> None:
         """At scale 0 and disabled it is the base, to the last bit; so it is through Diffusers' `attention_kwargs`."""
