@@ -412,7 +412,11 @@ ALONE = {
 
 @pytest.mark.parametrize("family", ALONE)
 def test_a_pipeline_of_each_other_family(family, tmp_path):
-    cls, inputs, model = getattr(diffusers, ALONE[family]), TINY[family].inputs(), TINY[family].make()
+    try:
+        cls = getattr(diffusers, ALONE[family])
+    except RuntimeError as error:  # Diffusers 0.36 imports a tokenizer that Transformers 5 does not have
+        pytest.skip(str(error))
+    inputs, model = TINY[family].inputs(), TINY[family].make()
     part = "unet" if family == "SDXL" else "transformer"
     names = [n for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty and n != "self"]
     none: dict = dict.fromkeys({*names} - {part, "scheduler"})
