@@ -27,8 +27,12 @@ XL_2 = {
 # What the classes of Diffusers are without arguments, but where a published model differs from that.
 FAMILIES = {
     "DiT-XL/2": XL_2,
-    "PixArt-α": {"_class_name": "PixArtTransformer2DModel"},
-    "PixArt-Σ": {"_class_name": "PixArtTransformer2DModel", "use_additional_conditions": False},
+    "PixArt-α": {"_class_name": "PixArtTransformer2DModel", "caption_channels": 4096},
+    "PixArt-Σ": {
+        "_class_name": "PixArtTransformer2DModel",
+        "caption_channels": 4096,
+        "use_additional_conditions": False,
+    },
     "SD3-medium": {
         "_class_name": "SD3Transformer2DModel",
         "num_layers": 24,
