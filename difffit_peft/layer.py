@@ -112,11 +112,9 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         """Switches the adapters on or off. What is frozen stays so: peft 0.21 makes all that are active trainable."""
         self._disable_adapters = not enabled
 
-    def forward(self, *args: Any, adapter_names: list[Entry] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *inputs: Any, adapter_names: list[Entry] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output; with `adapter_names`, an entry per sample, see `names_in`, while none is merged."""
-        if not args:  # the input has the name that the base layer gives it, as in proj_in(input=x)
-            args = (kwargs.pop(next(iter(kwargs))),)
-        x, *args = args  # type: ignore[assignment]
+        x, *args = inputs or (kwargs.pop(next(iter(kwargs))),)  # models also call layers as in proj_in(input=x)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and len(x) != len(adapter_names):
