@@ -17,7 +17,8 @@ from .config import COMPONENTS, FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
 from .layer import DiffFitLayer
 from .norms import is_norm
-from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters
+from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters, is_of_parameter
+from .projections import check_not_fused, guard_projections, unguard_projections
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 
@@ -34,7 +35,8 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     """
     family = family_of(model, config.format_version)
     facts = _facts_of_base(config, model, family, adapters)
-    undo_family, undo_parameters = family.prepare(model), attach_parameters(model)
+    check_not_fused(model)
+    undo = [guard_projections(model), family.prepare(model), attach_parameters(model)]
     try:
         layers = named_layers(model, family)
         planned = plan(config, layers, family, type(model).__name__, saved_whole(config, model, layers))
@@ -42,8 +44,8 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
         if "sample_size" in facts:
             family.move_to(model, facts["sample_size"])
     except Exception:
-        undo_parameters()
-        undo_family()
+        for step in reversed(undo):
+            step()
         raise
     facts |= spelled_out(config, planned, layers, family) | {"format_version": FORMAT_VERSION}
     for name, value in facts.items():
@@ -54,6 +56,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
 def restore(model: nn.Module, merged: bool) -> None:
     """Undoes `prepare` when the adapters are gone or, if `merged`, are part of the weights."""
     detach_parameters(model.modules())
+    unguard_projections(model.modules())
     family_of(model).restore(model, merged=merged)
 
 
@@ -164,11 +167,16 @@ def _check_file(config: DiffFitConfig, targets: dict[str, Target], model: nn.Mod
         )
     check_weight_names({*planned}, {*found})
     for name, shape in planned.items():
-        if found[name] != shape:
+        if found.get(name, shape) != shape:
             raise ValueError(f"The file's weights do not fit its config: {name} has shape {found[name]}, not {shape}.")
 
 
 def check_weight_names(expected: set[str], found: set[str]) -> None:
+    """Raises `ValueError` unless a file has the weights expected of it. One that was saved before parameters that no
+    layer holds were trained has none of theirs."""
+    parameters = set(filter(is_of_parameter, expected))
+    if found and not found & parameters:
+        expected = expected - parameters
     if expected != found:
         raise ValueError(
             f"The file's weights do not fit its config: {len(expected - found)} are missing and "

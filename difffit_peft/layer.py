@@ -112,8 +112,9 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         """Switches the adapters on or off. What is frozen stays so: peft 0.21 makes all that are active trainable."""
         self._disable_adapters = not enabled
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[Entry] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *inputs: Any, adapter_names: list[Entry] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output; with `adapter_names`, an entry per sample, see `names_in`, while none is merged."""
+        x, *args = inputs or (kwargs.pop(next(iter(kwargs))),)  # models also call layers as in proj_in(input=x)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and len(x) != len(adapter_names):

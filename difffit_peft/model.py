@@ -22,7 +22,7 @@ from .config import DiffFitConfig, finite, short
 from .families import family_of
 from .layer import DiffFitLayer, names_in
 from .merging import check_names, merge_layers, names_to_merge, owners_of_parameters, tied_parameters
-from .parameters import check_one_for_all_samples
+from .parameters import check_mixable, forget_parameters
 from .publishing import base_model_id
 from .targets import exactly, matching
 
@@ -101,7 +101,9 @@ class DiffFitModel(PlacedModules, BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         names = [name for name, _ in model.named_parameters() if f".{cls.prefix}" in name]
         expected = {name for name in names if name.endswith(f".{adapter_name}")}
-        check_weight_names(expected, {name for name in remapped if f".{cls.prefix}" in name})
+        found = {name for name in remapped if f".{cls.prefix}" in name}
+        check_weight_names(expected, found)
+        forget_parameters(model, config, adapter_name, expected - found)
         return remapped
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -231,8 +233,7 @@ class DiffFitModel(PlacedModules, BaseTuner):
         unknown = {name for entry in adapter_names for name in names_in(entry)} - {*self.peft_config, "__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-
-        check_one_for_all_samples(self, {name for entry in adapter_names for name in names_in(entry)})
+        check_mixable(self.model, {name for entry in adapter_names for name in names_in(entry)})
 
         def hand_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, kwargs | {"adapter_names": adapter_names}

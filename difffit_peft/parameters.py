@@ -7,6 +7,7 @@ name in a state dict, stay what they are.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,18 @@ class DiffFitParameter(DiffFitLayer):
         weight = self.get_base_layer().weight
         return None if delta is None else weight + delta.to(weight.dtype)
 
+    def swap_in(self) -> None:
+        """Puts that value in the place of the owner's attribute."""
+        base = self.get_base_layer()
+        if (value := self.value()) is not None:
+            base.owner.__dict__[base.name] = value
+
+    def _fill_scale(self, adapter_name: str, scale: float) -> None:
+        super()._fill_scale(adapter_name, scale)
+        base = self.get_base_layer()
+        if base.name in base.owner.__dict__:  # the owner's forward runs: a model of Diffusers scales its layers within
+            self.swap_in()
+
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
         weight = base["weight"].to(torch.promote_types(base["weight"].dtype, torch.float32))
         delta = self._composed("difffit_delta", adapters)
@@ -87,8 +100,29 @@ def detach_parameters(modules: Any) -> None:
                     owner._forward_hooks_always_called.pop(key, None)
 
 
-def check_one_for_all_samples(model: nn.Module, adapters: set[str]) -> None:
-    """Raises `ValueError` if one of the adapters changes a parameter: no batch can mix those."""
+def is_of_parameter(weight: str) -> bool:
+    """Whether an adapter's weight of this name is the δ of such a parameter."""
+    return re.search(rf"(^|\.){_CHILD.format('[^.]+')}\.difffit_delta", weight) is not None
+
+
+def forget_parameters(model: nn.Module, config: DiffFitConfig, adapter_name: str, missing: set[str]) -> None:
+    """Takes an adapter off the parameters whose δ its file has not: it was saved before they were trained."""
+    names = {weight.partition(".difffit_delta")[0] for weight in missing}
+    for name in names:
+        del model.get_submodule(name).difffit_delta[adapter_name]
+    if names:
+        config.exclude_modules = [*(config.exclude_modules or ()), *sorted({n.rpartition(".")[2] for n in names})]
+
+
+def check_mixable(model: nn.Module, adapters: set[str]) -> None:
+    """Raises `ValueError` if a batch cannot mix these adapters: one changes a parameter, which all samples have in
+    common, or the model's layers are called with rows that are no samples, though there may be as many of them."""
+    if "timestep_indices" in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"Cannot pass `adapter_names`: {type(model).__name__} computes a row for each timestep, of which a token "
+            "has the one that `timestep_indices` says: the rows are no samples. Call it once for each adapter, after "
+            "set_adapter."
+        )
     layers = [m for m in model.modules() if isinstance(m, DiffFitParameter) and adapters & {*m.difffit_delta}]
     if layers:
         raise ValueError(
@@ -100,8 +134,8 @@ def check_one_for_all_samples(model: nn.Module, adapters: set[str]) -> None:
 
 def _swap_in(owner: nn.Module, args: tuple) -> None:
     for child in owner._modules.values():
-        if isinstance(child, DiffFitParameter) and (value := child.value()) is not None:
-            owner.__dict__[child.get_base_layer().name] = value
+        if isinstance(child, DiffFitParameter):
+            child.swap_in()
 
 
 def _swap_out(owner: nn.Module, args: tuple, output: Any) -> None:

@@ -27,7 +27,12 @@ XL_2 = {
 # What the classes of Diffusers are without arguments, but where a published model differs from that.
 FAMILIES = {
     "DiT-XL/2": XL_2,
-    "PixArt-α": {"_class_name": "PixArtTransformer2DModel"},
+    "PixArt-α": {"_class_name": "PixArtTransformer2DModel", "caption_channels": 4096},
+    "PixArt-Σ": {
+        "_class_name": "PixArtTransformer2DModel",
+        "caption_channels": 4096,
+        "use_additional_conditions": False,
+    },
     "SD3-medium": {
         "_class_name": "SD3Transformer2DModel",
         "num_layers": 24,
@@ -55,6 +60,20 @@ FAMILIES = {
     "Wan": {"_class_name": "WanTransformer3DModel"},
     "LTX": {"_class_name": "LTXVideoTransformer3DModel"},
     "SD1.5": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
+    "SDXL": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
 }
 
 
@@ -64,11 +83,11 @@ def families() -> str:
     lines = [
         "# What is trained in each family",
         "",
-        "`python examples/parameters.py --families` makes this page, by `difffit_peft.explain(config)`, without",
+        "`python examples/parameters.py --families` makes this table, by `difffit_peft.explain(config)`, without",
         "weights.",
         "The configs are the defaults of the classes of Diffusers, which are a published model's but where the script",
-        "gives others, or the row says so. At tiny size the tests try each: identity, gradients, merge, unload, save",
-        "and load (`tests/test_families.py`).",
+        "gives others, or the row says so. At tiny size the tests try each (`tests/test_families.py`), and the table",
+        "below has every class.",
         "",
         f"| | class | parameters | trained | share | {' | '.join(kinds)} |",
         "| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(kinds),

@@ -22,6 +22,8 @@ from peft import get_peft_model  # noqa: E402
 from difffit_peft import DiffFitConfig  # noqa: E402
 from difffit_peft.training.images import load_labelled_images  # noqa: E402
 
+pytest.register_assert_rewrite("family_checks")
+
 NULL = 1000
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same formula, summed in another order
 

@@ -6,14 +6,17 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import CLOSE, randomise
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from family_checks import output, relative
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from text_pipelines import PIPELINES, make_text_pipeline
+from tiny import TINY
 
 import difffit_peft
 from difffit_peft import DiffFitConfig
@@ -390,3 +393,55 @@ def test_an_adapter_of_a_second_model_needs_one(two, tmp_path):
     assert type(pipe.transformer) is WanTransformer3DModel
     difffit_peft.load_adapter(pipe, folder / "second", component="transformer")
     assert difffit_peft.get_list_adapters(pipe) == ["default_0"]
+
+
+# The other families, whose pipelines have no more than the model that takes adapters
+
+
+ALONE = {
+    "Flux.1": "FluxPipeline",
+    "Chroma": "ChromaPipeline",
+    "Lumina2": "Lumina2Pipeline",
+    "HunyuanDiT": "HunyuanDiTPipeline",
+    "AuraFlow": "AuraFlowPipeline",
+    "CogView4": "CogView4Pipeline",
+    "LTX": "LTXPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+}
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_a_pipeline_of_each_other_family(family, tmp_path):
+    try:
+        cls = getattr(diffusers, ALONE[family])
+    except RuntimeError as error:  # Diffusers 0.36 imports a tokenizer that Transformers 5 does not have
+        pytest.skip(str(error))
+    inputs, model = TINY[family].inputs(), TINY[family].make()
+    part = "unet" if family == "SDXL" else "transformer"
+    names = [n for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty and n != "self"]
+    none: dict = dict.fromkeys({*names} - {part, "scheduler"})
+    cls(**none, **{part: model, "scheduler": FlowMatchEulerDiscreteScheduler()}).save_pretrained(tmp_path / "base")
+    api, name = HfApi(), f"me/alone-{family.lower()}"
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=tmp_path / "base")
+    options = none | {"cache_dir": tmp_path / "cache"}
+    pipe = trained(cls.from_pretrained(name, **options), part, 0)
+    expected = output(getattr(pipe, part), inputs)
+    difffit_peft.push_adapter(pipe, f"{name}-a", prompt="a red fox")
+
+    pipe = difffit_peft.load_pipeline(f"{name}-a", **options)
+    assert type(pipe) is cls and torch.equal(output(getattr(pipe, part), inputs), expected)
+    difffit_peft.unload_adapters(pipe)
+    assert torch.equal(output(getattr(pipe, part), inputs), output(model, inputs))
+    for adapter in "ab":
+        difffit_peft.load_adapter(pipe, f"{name}-a", adapter, cache_dir=tmp_path / "cache")
+    difffit_peft.set_adapters(pipe, ["a", "b"], [0.5, 0.25])
+    blended = output(getattr(pipe, part), inputs)
+    assert relative(blended, expected) > 1e-3
+    pipe.save_pretrained(tmp_path / "saved")
+    again = difffit_peft.load_pipeline(tmp_path / "saved", **none)
+    assert torch.equal(output(getattr(again, part), inputs), blended)
+    difffit_peft.fuse_adapters(pipe)
+    assert relative(output(getattr(pipe, part), inputs), blended) <= 1e-5
+    difffit_peft.unfuse_adapters(pipe)
+    assert torch.equal(output(getattr(pipe, part), inputs), blended)

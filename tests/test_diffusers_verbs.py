@@ -91,6 +91,16 @@ def test_a_scale_within_a_scale_is_taken_back_in_order():
     assert layer.scale["x"] == 1
 
 
+def test_a_layer_that_is_called_by_the_name_of_its_input():
+    """As Diffusers' UNetMotionModel calls `proj_in(input=x)`."""
+    for base, name in ((nn.Linear(2, 2), "input"), (diffusers.models.normalization.RMSNorm(2, 1e-6), "hidden_states")):
+        layer, x = DiffFitLayer(base), torch.randn(3, 2)
+        layer.update_layer("x", DiffFitConfig(init_weights=False), gamma=True)
+        layer.set_adapter(["x"])
+        assert torch.equal(layer(**{name: x}), layer(x)) and not torch.equal(layer(x), base(x))
+        assert torch.equal(layer(**{name: x}, adapter_names=["x"] * 3), layer(x))
+
+
 def test_verbs_of_a_model(adapted):
     base, model = adapted
     trained, plain = output(model), output(base)

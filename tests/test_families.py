@@ -1,14 +1,14 @@
 """What is known of families of models, that it is known in one place, and that it holds on a tiny model of each."""
 
-import copy
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from conftest import CLOSE
+from family_checks import Checks, output, randomise
 from peft import PeftModel, get_peft_model
-from tiny import TINY
+from tiny import ENCODERS, MINIMAX_H3, TINY
 from torch import nn
 
 import difffit_peft
@@ -16,7 +16,7 @@ from difffit_peft import DiffFitConfig
 from difffit_peft.families import FAMILIES, family_of, lists_of_blocks
 from difffit_peft.families.family import Family
 from difffit_peft.layer import DiffFitLayer
-from difffit_peft.norms import is_norm
+from difffit_peft.norms import is_norm, norm_of
 
 PACKAGE = Path(difffit_peft.__file__).parent
 OF_DIT = (
@@ -37,19 +37,6 @@ def test_only_families_name_what_is_of_one():
     assert len(others) > 10 and re.search(OF_DIT, (PACKAGE / "families" / "dit" / "__init__.py").read_text())
 
 
-def output(model: nn.Module, inputs: dict) -> torch.Tensor:
-    """What the model computes of a copy of the inputs, as one tensor."""
-    found = model(**copy.deepcopy(inputs), return_dict=False)[0]
-    return torch.stack([*found]) if isinstance(found, list) else found
-
-
-def randomise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if ".difffit_" in name:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
 def having_gamma(model: nn.Module) -> set[str]:
     """The names of the layers, but for norms, that an adapter of the model puts γ on."""
     return {
@@ -64,42 +51,35 @@ def tiny(request):
     return TINY[request.param]
 
 
+@pytest.mark.parametrize("tiny", [*TINY.values(), *ENCODERS.values()], ids=[*TINY, *ENCODERS])
 def test_a_tiny_model_of_each_family(tiny, tmp_path):
-    base, plain = tiny.make(), tiny.make()
-    inputs, expected = tiny.inputs(), base.state_dict()
-    keys, values = [*expected], [tensor.clone() for tensor in expected.values()]
-    before = output(base, inputs)
-    model = get_peft_model(base, DiffFitConfig()).eval()
-    assert torch.equal(output(model, inputs), before)
+    checks = Checks(tiny, tmp_path)
+    for name in Checks.NAMES:
+        getattr(checks, name)()
 
-    # every parameter that is trained has a part in the output: no zeros and no `None`
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_norms_of_text_encoders_are_trained(name):
+    model = ENCODERS[name].make()
+    norms = {n: m for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
+    adapted = get_peft_model(model, DiffFitConfig())
+    layers = {n.removeprefix("base_model.model."): m for n, m in adapted.named_modules() if isinstance(m, DiffFitLayer)}
+    assert norms.keys() <= layers.keys() and all(layers[n].difffit_gamma for n in norms)
+    assert {norm_of(norm).added for norm in norms.values()} == {1.0 if name == "Gemma2" else 0.0}
+    assert {type(norm).__name__ for norm in norms.values()} == {
+        "LayerNorm" if name in ("CLIP", "GPT2") else f"{name}LayerNorm" if name == "T5" else f"{name}RMSNorm"
+    }
+
+
+@pytest.mark.skipif(not hasattr(diffusers, MINIMAX_H3.cls), reason="this Diffusers has no such model")
+def test_rows_that_are_no_samples_are_not_mixed():
+    """Two timesteps and two samples: as many rows, which a mixed batch would take for each other."""
+    model, inputs = get_peft_model(MINIMAX_H3.make(), DiffFitConfig()).eval(), MINIMAX_H3.inputs()
     randomise(model)
-    model.train()
-    with torch.random.fork_rng():
-        y = output(model, inputs)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(7))).sum().backward()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all(".difffit_" in name for name in trained)
-    assert {name for name, p in trained.items() if p.grad is None or not p.grad.any()} == set()
-
-    model.eval()
     adapted = output(model, inputs)
-    assert not torch.allclose(adapted, before, atol=1e-2)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    again = PeftModel.from_pretrained(tiny.make(), tmp_path / "adapter").eval()
-    assert torch.equal(output(again, inputs), adapted)
-
-    merged = again.merge_and_unload()
-    torch.testing.assert_close(output(merged, inputs), adapted, **CLOSE)
-    assert type(merged) is type(plain) and [*merged.state_dict()] == keys
-    merged.save_pretrained(tmp_path / "merged")
-    loaded = type(plain).from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(output(loaded, inputs), output(merged, inputs))
-
-    unloaded = model.unload()
-    assert unloaded is base and [*unloaded.state_dict()] == keys
-    assert all(torch.equal(a, b) for a, b in zip(unloaded.state_dict().values(), values, strict=True))
-    assert torch.equal(output(unloaded, inputs), before)
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names`: MiniMaxH3Transformer3DModel .* are no samples"):
+        output(model, inputs | {"adapter_names": ["default", "__base__"]})
+    assert torch.equal(output(model, inputs), adapted)
 
 
 def test_where_gamma_is(tiny):

@@ -1,16 +1,19 @@
 """Parameters that are no layer's, such as `scale_shift_table`, are trained like biases."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from conftest import CLOSE, randomise
 from diffusers import PixArtTransformer2DModel, WanTransformer3DModel
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from difffit_peft import DiffFitConfig
+from difffit_peft.reading import read_adapter
 
 
 def pixart() -> nn.Module:
@@ -155,6 +158,47 @@ def test_positions_and_tokens_are_left_alone():
     adapted = get_peft_model(model, DiffFitConfig(gamma_modules=[]))
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained == ["base_model.model.layer.difffit_delta.default"]
+
+
+def of_before(base: nn.Module, folder) -> torch.Tensor:
+    """Saves an adapter as versions did that trained no such parameters. Returns what it computes."""
+    model = get_peft_model(copy.deepcopy(base), DiffFitConfig(exclude_modules=["adapted_scale_shift_table"]))
+    randomise(model)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"exclude_modules": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return output(model)
+
+
+def read_here(base: nn.Module, folder) -> PeftModel:
+    config, weights = read_adapter(folder)
+    model = PeftModel(base, config)
+    set_peft_model_state_dict(model, weights)
+    return model
+
+
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, read_here])
+def test_an_adapter_of_before_loads_without_them(base, load, tmp_path):
+    expected, keys = of_before(base, tmp_path), [*base.state_dict()]
+    model = load(copy.deepcopy(base), tmp_path)
+    assert torch.equal(output(model), expected)
+    assert not any("adapted_" in name for name, _ in model.named_parameters())
+    assert model.peft_config["default"].exclude_modules == ["adapted_scale_shift_table"]
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert torch.equal(output(load(copy.deepcopy(base), tmp_path / "again")), expected)
+    assert [*model.unload().state_dict()] == keys
+
+
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, read_here])
+def test_a_file_with_some_of_them_is_refused(base, load, tmp_path):
+    get_peft_model(copy.deepcopy(base), DiffFitConfig()).save_pretrained(tmp_path, save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    one = next(name for name in weights if "adapted_" in name)
+    for kept in ({n: w for n, w in weights.items() if n != one}, {one: weights[one]}, {}):
+        save_file(kept, file)
+        with pytest.raises(ValueError, match=f"{len(weights) - len(kept)} are missing"):
+            load(copy.deepcopy(base), tmp_path)
 
 
 def test_compiled(base):

@@ -1,4 +1,4 @@
-"""Tiny models of the families, with inputs for them."""
+"""Tiny models of the families, and of text encoders, with inputs for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 r = torch.randn
@@ -23,7 +24,7 @@ def grid(side: int, axes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A model of a class of Diffusers and its inputs, for a batch of two."""
+    """A model of a class of Diffusers or Transformers and its inputs, for a batch of two."""
 
     cls: str
     init: dict[str, Any]
@@ -33,7 +34,11 @@ class Tiny:
         """The model, without the zeros and ones that models of Diffusers start from. It is frozen, as in training:
         a convolution on the CPU computes other bits where its weight asks for gradients."""
         torch.manual_seed(0)
-        model = getattr(diffusers, self.cls)(**self.init)
+        if cls := getattr(diffusers, self.cls, None):
+            model = cls(**self.init)
+        else:
+            cls = getattr(transformers, self.cls)
+            model = cls(cls.config_class(**self.init))
         for name, parameter in model.named_parameters():
             if "pad_token" in name:  # Z-Image leaves them as the memory was
                 parameter.data.zero_()
@@ -199,3 +204,43 @@ TINY = {
     ),
 }  # fmt: skip
 """By the name of the family or of a model of it."""
+
+MINIMAX_H3 = Tiny(  # diffusers 0.42: it packs the tokens of a text, a sound and a video, and takes a list of timesteps
+    "MiniMaxH3Transformer3DModel",
+    {"num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1,
+     "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 6, "text_dim": 12, "freq_dim": 8,
+     "time_embed_hidden_dim": 24, "time_embed_dim": 16, "rope_freq_dim": 2},
+    lambda: {"hidden_states": r(2, 4, 16), "audio_hidden_states": r(2, 3, 6), "encoder_hidden_states": r(2, 5, 12),
+             "timestep": torch.tensor([0.7, 0.3]), "timestep_indices": torch.tensor([0] * 5 + [1] * 3 + [0] * 4),
+             "token_tags": torch.tensor([1] * 5 + [2] * 3 + [0] * 4), "position_ids": r(12, 3),
+             "text_indices": torch.arange(5), "audio_indices": torch.arange(5, 8),
+             "video_indices": torch.arange(8, 12)},
+)  # fmt: skip
+
+
+def _tokens() -> dict[str, Any]:
+    return {"input_ids": torch.tensor([[1, 7, 5, 9, 2], [3, 4, 8, 6, 2]]), "attention_mask": torch.ones(2, 5).long()}
+
+
+_LLM = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "max_position_embeddings": 8, "use_cache": False}  # fmt: skip
+_GROUPED = _LLM | {"num_key_value_heads": 1}
+
+ENCODERS = {
+    "CLIP": Tiny("CLIPTextModel", _LLM | {"eos_token_id": 2}, _tokens),
+    "T5": Tiny(
+        "T5EncoderModel",
+        {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 2, "dropout_rate": 0.0},
+        _tokens,
+    ),
+    "Llama": Tiny("LlamaForCausalLM", _GROUPED, _tokens),
+    "Qwen2": Tiny("Qwen2ForCausalLM", _GROUPED, _tokens),
+    "Gemma2": Tiny("Gemma2ForCausalLM", _GROUPED | {"head_dim": 8}, _tokens),
+    "GPT2": Tiny(
+        "GPT2LMHeadModel",
+        {"vocab_size": 16, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 8, "use_cache": False,
+         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        _tokens,
+    ),
+}  # fmt: skip
+"""Text encoders and language models of Transformers."""

@@ -68,6 +68,12 @@ _EASY_ANIMATE = Family(
 )
 _JOY_IMAGE = Family(unused=_last("double_blocks", "attn.txt_attn_q_norm", "attn.txt_attn_proj", "txt_mlp"))
 _MOCHI = Family(unused=_last("transformer_blocks", "attn1.add_q_proj", "attn1.norm_added_q"))
+_COSMOS3 = Family(  # of the text only k and v go into the last block's part of the output
+    unused=(
+        *("norm", "lm_head"),
+        *_last("layers", "self_attn.to_q", "self_attn.norm_q", "self_attn.to_out", "post_attention_layernorm", "mlp"),
+    )
+)
 _NUCLEUS = Family(unused=("transformer_blocks.*.attn.norm_added_q",))
 
 RECORDS = {
@@ -100,5 +106,6 @@ RECORDS = {
     "JoyImageEditTransformer3DModel": _JOY_IMAGE,
     "JoyImageEditPlusTransformer3DModel": _JOY_IMAGE,
     "MochiTransformer3DModel": _MOCHI,
+    "Cosmos3OmniTransformer": _COSMOS3,
     "NucleusMoEImageTransformer2DModel": _NUCLEUS,
 }
