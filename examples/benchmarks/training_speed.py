@@ -28,17 +28,26 @@ its memory alone is measured, at 4 blocks and, for full fine-tuning and DiffFit,
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import re
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from device import (
+    Measured,
+    Stopwatch,
+    about_device,
+    add_device_arguments,
+    check_measured,
+    device_table,
+    in_fresh_process,
+    measure,
+    measure_all,
+    median_seconds,
+    resident,
+)
 from difffit_peft.training.losses import diffusion_loss
 from difffit_peft.training.scripts import run_script
 from diffusers import DDPMScheduler
@@ -67,31 +76,7 @@ GPU_METHODS = [
     "DiffFit r=1",
     "floor",
 ]
-BUDGETS = (24, 80)  # GB
-
 Steps = list[list[float]]  # seconds of each phase, step by step
-
-
-class Stopwatch:
-    """Times marks: by events of the device, which the host does not wait for, or by the host's clock on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.marks = device, []
-
-    def mark(self) -> None:
-        if self.device.type == "cpu":
-            self.marks.append(time.perf_counter())
-        else:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-
-    def seconds(self) -> list[float]:
-        """Between each mark and the next."""
-        pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
-        if self.device.type == "cpu":
-            return [end - start for start, end in pairs]
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 class Trainer:
@@ -153,78 +138,37 @@ def take_turns(methods: list[str], precision: str, rounds: int) -> dict[int, dic
 
 def alone(method: str, num_layers: int, precision: str) -> dict[str, Any]:
     """The second of two steps and the peak of resident memory, in bytes; for a fresh process."""
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     trainer = Trainer(method, num_layers, precision)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew: building is not training
-    return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": _resident("VmHWM") - before}
+    return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": resident("VmHWM") - before}
 
 
 def on_device(
-    method: str, device: str, side: int, batch: int, compiled: bool, num_layers: int = FULL_DEPTH, steps: int = 10
-) -> dict[str, Any] | None:
-    """Seconds a step and peak bytes of one method, for a fresh process; `None` where the batch does not fit."""
-    try:
-        trainer = Trainer(method, num_layers, "bf16", device, batch, side, compiled)
-        for _ in range(3):  # to warm up, and to compile
-            trainer.step()
-        if trainer.device.type == "cpu":
-            return {"seconds": [sum(trainer.step()) for _ in range(steps)], "peak_bytes": _resident("VmHWM")}
-        torch.cuda.reset_peak_memory_stats(trainer.device)
-        seconds = [sum(trainer.step()) for _ in range(steps)]
-        return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(trainer.device)}
-    except torch.OutOfMemoryError:
-        return None
-
-
-def device_tables(found: dict[int, dict[int, dict[str, dict | None]]]) -> str:
-    """`found[pixels][batch][method]` are results of `on_device`: images a second at equal batches and in a budget."""
-    parts = []
-    for pixels, of_batch in found.items():
-        rates: dict[str, dict[int, float]] = {}
-        peaks: dict[str, dict[int, float]] = {}
-        for batch, results in of_batch.items():
-            for name, result in results.items():
-                if result:
-                    rates.setdefault(name, {})[batch] = batch / statistics.median(result["seconds"])
-                    peaks.setdefault(name, {})[batch] = result["peak_bytes"] / 1e9
-        rows = []
-        for name, of_name in rates.items():
-            cells = [
-                f"{of_name[batch]:.1f} ({of_name[batch] / rates.get('full', {}).get(batch, float('nan')):.2f}x, "
-                f"{peaks[name][batch]:.1f} GB)"
-                if batch in of_name
-                else "does not fit"
-                for batch in of_batch
-            ]
-            for budget in BUDGETS:
-                fits = [batch for batch in of_name if peaks[name][batch] <= budget]
-                cells.append(f"{of_name[max(fits)]:.1f} at {max(fits)}" if fits else "none fits")
-            rows.append([name, *cells])
-        columns = [f"{pixels} pixels", *(f"batch {batch}" for batch in of_batch), *(f"within {b} GB" for b in BUDGETS)]
-        parts.append(table(columns, rows))
-    return "\n\n".join(parts)
+    method: str, batch: int, device: str, side: int, compiled: bool, num_layers: int = FULL_DEPTH, rounds: int = 10
+) -> Measured | None:
+    """Seconds and peak bytes of a step of one method."""
+    return measure(
+        lambda: Trainer(method, num_layers, "bf16", device, batch, side, compiled).step, torch.device(device), rounds
+    )
 
 
 def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
     pixels, batches = ((256,), args.batch_sizes[:1]) if args.short else ((256, 512), args.batch_sizes)
     methods = OF_TARGETS if args.short else GPU_METHODS
-    found: dict[int, dict[int, dict[str, dict | None]]] = {side: {batch: {} for batch in batches} for side in pixels}
-    for side, batch, name in tqdm([(s, b, n) for s in pixels for b in batches for n in methods], desc="each alone"):
-        job = (name, args.device, side // 8, batch, args.torch_compile)
-        found[side][batch][name] = in_fresh_process(on_device, *job)
-    properties = torch.cuda.get_device_properties(args.device)
+    found = {
+        side: measure_all(on_device, methods, batches, args.device, side // 8, args.torch_compile) for side in pixels
+    }
+    full, difffit = check_measured(found[pixels[0]], "full", "DiffFit")
     about = (
-        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; DiT-XL/2, 28 blocks, random weights, bf16 "
-        f"autocast, frozen weights in bf16{', torch.compile' if args.torch_compile else ''}. Images a second, median "
-        "of 10 steps after 3, as a multiple of full fine-tuning's, and the peak of allocated memory. On the right: at "
-        "the largest of these batches that fits."
+        f"{about_device(args.device, args.torch_compile)} DiT-XL/2, 28 blocks, random weights, bf16 autocast, frozen "
+        "weights in bf16. Images a second, median of 10 steps after 3, as a multiple of full fine-tuning's, and the "
+        "peak of allocated memory. On the right: at the largest of these batches that fits."
     )
-    first = found[pixels[0]][batches[0]]
-    if not all(first.get(name) for name in ("full", "DiffFit")):
-        raise SystemExit(f"A batch of {batches[0]} does not fit: choose smaller --batch_sizes.")
-    whole = statistics.median(first["full"]["seconds"]) / statistics.median(first["DiffFit"]["seconds"])
-    targets = [target("full ÷ DiffFit, seconds per step, DiT-XL/2 on a GPU, bf16", "≥", 1.8, whole)]
-    markdown = f"{about}\n\n{device_tables(found)}"
+    tables = [device_table(f"{side} pixels", "full", of_side) for side, of_side in found.items()]
+    what = "full ÷ DiffFit, seconds per step, DiT-XL/2 on a GPU, bf16"
+    targets = [target(what, "≥", 1.8, median_seconds(full) / median_seconds(difffit))]
+    markdown = "\n\n".join([about, *tables])
     publish(folder, "training_speed_gpu", "Training on a GPU", markdown, {"found": found}, targets=targets)
 
 
@@ -239,11 +183,6 @@ def profile(method: str) -> dict[str, float]:
     return {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()}
 
 
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
-
-
 def product_seconds(dtype: torch.dtype) -> float:
     """Of a product of matrices as in these models."""
     x, weight = torch.randn(1024, 1152).to(dtype), torch.randn(4608, 1152).to(dtype)
@@ -253,11 +192,6 @@ def product_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def ratio(steps: dict[str, Steps], numerator: str, denominator: str) -> float:
@@ -382,9 +316,7 @@ def plot(times: dict, memory: dict) -> Figure:
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 12 3)")
-    cli.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    cli.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 64, 128], help="with cuda")
-    cli.add_argument("--torch_compile", action="store_true", help="compile the model, with cuda")
+    add_device_arguments(cli)
     args = cli.parse_args()
     if args.device != "cpu":
         measure_on_device(args, output_dir(args))
