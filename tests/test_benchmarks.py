@@ -160,7 +160,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize(
     ("benchmark", "args", "reference", "name"),
-    [(training_speed, (4, False), "full", "DiffFit"), (inference, (False,), "base", "DiffFit, merged")],
+    [(training_speed, (4,), "full", "DiffFit + int8 base"), (inference, (), "base", "DiffFit, merged")],
 )
 def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size(tiny, benchmark, args, reference, name):
     results = {n: benchmark.on_device(n, 2, "cpu", *args, num_layers=1, rounds=2) for n in (reference, name)}

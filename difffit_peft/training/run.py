@@ -171,8 +171,9 @@ def describe(run: Run) -> str:
     return (
         f"{task.about}\n\n{explain(task.model).table()}\n\n"
         f"Training {run.trained_parameters:,} parameters, {run.trained_parameters / run.base_parameters:.3%} of the "
-        f"base's {run.base_parameters:,}, in {args.mixed_precision.replace('no', 'fp32')}: {run.total_steps} steps of "
-        f"{run.samples_per_step} images\n"
+        f"base's {run.base_parameters:,}, in {args.mixed_precision.replace('no', 'fp32')}"
+        + (f", the base's blocks in {args.base_precision}" if args.base_precision else "")
+        + f": {run.total_steps} steps of {run.samples_per_step} images\n"
         f"AdamW at {args.learning_rate:g}, {args.learning_rate / PRE_TRAINING_RATE:g}x the rate that published DiTs "
         f"are pre-trained at (the paper recommends 10x); weight decay {args.adam_weight_decay:g}"
     )

@@ -83,7 +83,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 def add_device_arguments(cli: argparse.ArgumentParser) -> None:
     cli.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     cli.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 64, 128], help="with cuda")
-    cli.add_argument("--torch_compile", action="store_true", help="compile the model, with cuda")
+    cli.add_argument("--torch_compile", action="store_true", help="after torch.compile too, with cuda")
 
 
 def measure_all(
@@ -96,14 +96,14 @@ def measure_all(
     return found
 
 
-def about_device(device: str, compiled: bool) -> str:
+def about_device(device: str) -> str:
     """The GPU, and what it computes products of matrices in."""
     properties = torch.cuda.get_device_properties(device)
     tf32 = "TF32" if torch.backends.cuda.matmul.allow_tf32 else "no TF32"
     bf16 = "in hardware" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated"
     return (
         f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}; bf16 {bf16}, float32 "
-        f"with {tf32}{'; torch.compile' if compiled else ''}."
+        f"with {tf32}."
     )
 
 

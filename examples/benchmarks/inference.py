@@ -98,14 +98,12 @@ def sampling(num_layers: int, rounds: int) -> Seconds:
 
 
 @torch.no_grad()
-def on_device(
-    way: str, batch: int, device: str, compiled: bool, num_layers: int = FULL_DEPTH, rounds: int = 20
-) -> Measured | None:
-    """Seconds and peak bytes of an evaluation in bfloat16."""
+def on_device(way: str, batch: int, device: str, num_layers: int = FULL_DEPTH, rounds: int = 20) -> Measured | None:
+    """Seconds and peak bytes of an evaluation in bfloat16, of one of `WAYS`, or with " + compiled" after it."""
 
     def make() -> Callable[[], object]:
-        model = model_of(way, num_layers, torch.bfloat16)
-        if compiled:
+        model = model_of(way.removesuffix(" + compiled"), num_layers, torch.bfloat16)
+        if way.endswith(" + compiled"):
             model.compile()
         return evaluation(model, batch, device)
 
@@ -211,15 +209,16 @@ def targets_of(merged: float, unmerged: float, loading: Seconds, difffit: Second
 @torch.no_grad()
 def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
     batches = args.batch_sizes[:1] if args.short else args.batch_sizes
-    found = measure_all(on_device, WAYS, batches, args.device, args.torch_compile)
+    ways = WAYS + [f"{way} + compiled" for way in WAYS if args.torch_compile]
+    found = measure_all(on_device, ways, batches, args.device)
     base, unmerged, merged = map(median_seconds, check_measured(found, "base", "DiffFit, unmerged", "DiffFit, merged"))
     options = {"device": args.device, "dtype": torch.bfloat16, "num_layers": FULL_DEPTH}
     loading = adapters(rounds=3 if args.short else 10, **options)
     mixtures = {method: mixed(method, 3 if args.short else 10, **options) for method in ("DiffFit", "LoRA")}
     about = (
-        f"{about_device(args.device, args.torch_compile)} DiT-XL/2, 28 blocks, random weights in bf16. Latents a "
+        f"{about_device(args.device)} DiT-XL/2, 28 blocks, random weights in bf16. Latents a "
         "second of one evaluation, median of 20 after 3, as a multiple of the base's, and the peak of allocated "
-        "memory. On the right: at the largest of these batches that fits. What is below is not compiled."
+        "memory. On the right: at the largest of these batches that fits."
     )
     parts = [about, device_table("", "base", found), *adapter_tables(loading, mixtures, FULL_DEPTH)]
     publish(

@@ -3,6 +3,9 @@
     python examples/benchmarks/training_speed.py [--short]
     python examples/benchmarks/training_speed.py --device cuda [--torch_compile] [--batch_sizes 8 32 64 128]
 
+A method " + int8 base" holds the frozen linear layers of the blocks in int8 and multiplies in it, as
+`train_difffit.py --base_precision int8` does; fp8 likewise, where a GPU has it. " + compiled" is after `torch.compile`.
+
 With `--device cuda`: the whole of DiT-XL/2 at 256 and at 512 pixels in bf16, each method at each batch size in a fresh
 process: seconds a step by the device's events, and the peak of what PyTorch allocated. From these come images a second
 at equal batches, and at the largest batch that fits into 24 and into 80 GB. A batch that does not fit is left out. It
@@ -48,6 +51,7 @@ from device import (
     median_seconds,
     resident,
 )
+from difffit_peft.training.base_precision import check_base_precision, lower_blocks
 from difffit_peft.training.losses import diffusion_loss
 from difffit_peft.training.scripts import run_script
 from diffusers import DDPMScheduler
@@ -61,8 +65,9 @@ PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
 PROFILED, NUM_OPERATORS = ["full", "LoRA r=8", "DiffFit", "floor"], 9
-OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit r=1", "floor"]
-ALL = [name for name in (*METHODS, "floor") if name != "LN tuning"]  # which has nothing to train in a DiT
+OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit + int8 base", "DiffFit r=1", "floor"]
+OF_MEMORY = ["full", "DiffFit", "DiffFit + int8 base"]  # where bf16 is not timed
+ALL = [name for name in (*METHODS, "DiffFit + int8 base", "floor") if name != "LN tuning"]  # which trains nothing here
 
 GPU_METHODS = [
     "full",
@@ -74,6 +79,8 @@ GPU_METHODS = [
     "DiffFit",
     "DiffFit, adaLN",
     "DiffFit r=1",
+    "DiffFit + int8 base",
+    "DiffFit + fp8 base",
     "floor",
 ]
 Steps = list[list[float]]  # seconds of each phase, step by step
@@ -90,8 +97,8 @@ class Trainer:
         device: str = "cpu",
         batch: int = BATCH,
         side: int = 32,
-        compiled: bool = False,
     ) -> None:
+        method, *options = method.split(" + ")
         self.dtype, self.device = DTYPES[precision], torch.device(device)
         base = dit_xl_2(num_layers, torch.float32 if method == "full" else self.dtype, side)
         self.model = hold_frozen_in(self.dtype, adapt(method, base)).train().to(self.device)
@@ -102,8 +109,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         self.x_0, self.noise = torch.randn(2, batch, 4, side, side, generator=generator).to(self.device)
         self.timesteps, self.labels = torch.randint(1000, (2, batch), generator=generator).to(self.device)
-        if compiled:
-            self.model.compile()
+        for option in options:
+            if option == "compiled":
+                self.model.compile()
+            else:
+                lower_blocks(self.model, option.removesuffix(" base"))
 
     def step(self) -> list[float]:
         """One step; the seconds of each phase."""
@@ -145,29 +155,40 @@ def alone(method: str, num_layers: int, precision: str) -> dict[str, Any]:
 
 
 def on_device(
-    method: str, batch: int, device: str, side: int, compiled: bool, num_layers: int = FULL_DEPTH, rounds: int = 10
+    method: str, batch: int, device: str, side: int, num_layers: int = FULL_DEPTH, rounds: int = 10
 ) -> Measured | None:
     """Seconds and peak bytes of a step of one method."""
-    return measure(
-        lambda: Trainer(method, num_layers, "bf16", device, batch, side, compiled).step, torch.device(device), rounds
-    )
+    return measure(lambda: Trainer(method, num_layers, "bf16", device, batch, side).step, torch.device(device), rounds)
+
+
+def multiplies_in(precision: str, device: str) -> bool:
+    try:
+        check_base_precision(precision, "bf16", torch.device(device), sharded=False)
+    except ValueError:
+        return False
+    return True
 
 
 def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
     pixels, batches = ((256,), args.batch_sizes[:1]) if args.short else ((256, 512), args.batch_sizes)
-    methods = OF_TARGETS if args.short else GPU_METHODS
-    found = {
-        side: measure_all(on_device, methods, batches, args.device, side // 8, args.torch_compile) for side in pixels
-    }
+    low = {f"DiffFit + {precision} base": multiplies_in(precision, args.device) for precision in ("int8", "fp8")}
+    methods = [name for name in (OF_TARGETS if args.short else GPU_METHODS) if low.get(name, True)]
+    if args.torch_compile:
+        methods += [f"{name} + compiled" for name in methods]
+    found = {side: measure_all(on_device, methods, batches, args.device, side // 8) for side in pixels}
     full, difffit = check_measured(found[pixels[0]], "full", "DiffFit")
     about = (
-        f"{about_device(args.device, args.torch_compile)} DiT-XL/2, 28 blocks, random weights, bf16 autocast, frozen "
+        f"{about_device(args.device)} DiT-XL/2, 28 blocks, random weights, bf16 autocast, frozen "
         "weights in bf16. Images a second, median of 10 steps after 3, as a multiple of full fine-tuning's, and the "
         "peak of allocated memory. On the right: at the largest of these batches that fits."
     )
     tables = [device_table(f"{side} pixels", "full", of_side) for side, of_side in found.items()]
-    what = "full ÷ DiffFit, seconds per step, DiT-XL/2 on a GPU, bf16"
-    targets = [target(what, "≥", 1.8, median_seconds(full) / median_seconds(difffit))]
+    what = "seconds per step, DiT-XL/2 on a GPU, bf16"
+    targets = [target(f"full ÷ DiffFit, {what}", "≥", 1.8, median_seconds(full) / median_seconds(difffit))]
+    smallest = found[pixels[0]][min(batches)]
+    fastest = min((median_seconds(r) for name, r in smallest.items() if r and " base" in name), default=None)
+    low_ratio = None if fastest is None else median_seconds(full) / fastest
+    targets.append(target(f"full ÷ DiffFit with its base in int8 or fp8, {what}", "≥", 2.6, low_ratio))
     markdown = "\n\n".join([about, *tables])
     publish(folder, "training_speed_gpu", "Training on a GPU", markdown, {"found": found}, targets=targets)
 
@@ -332,10 +353,10 @@ def main() -> None:
     times = {precision: in_fresh_process(take_turns, methods, precision, rounds[precision]) for precision in timed}
     depth = DEPTHS[1]
     if args.short:
-        jobs = [(name, depth, "bf16") for name in ("full", "DiffFit")]
+        jobs = [(name, depth, "bf16") for name in OF_MEMORY]
     else:
         jobs = [(name, depth, p) for p in DTYPES for name in methods]
-        jobs += [(n, FULL_DEPTH, p) for p in DTYPES for n in (OF_TARGETS if p in timed else ["full", "DiffFit"])]
+        jobs += [(n, FULL_DEPTH, p) for p in DTYPES for n in (OF_TARGETS if p in timed else OF_MEMORY)]
     measured: dict[int, dict[str, dict[str, Any]]] = {d: {p: {} for p in DTYPES} for d in (depth, FULL_DEPTH)}
     for name, num_layers, precision in tqdm(jobs, desc="each alone"):
         measured[num_layers][precision][name] = in_fresh_process(alone, name, num_layers, precision)
@@ -351,6 +372,10 @@ def main() -> None:
         ):
             measured_ratio = ratio(times[precision][depth], numerator, denominator) if precision in timed else None
             targets.append(target(f"{what}, {precision}", bound, limit, measured_ratio))
+        low_ratio = ratio(times[precision][depth], "full", "DiffFit + int8 base") if precision in timed else None
+        targets.append(
+            target(f"full ÷ DiffFit with its base in int8, seconds per step, {precision}", "≥", 2.6, low_ratio)
+        )
     deepest = FULL_DEPTH if measured[FULL_DEPTH]["bf16"] else depth
     peak = {name: measured[deepest]["bf16"][name]["peak_bytes"] for name in ("full", "DiffFit")}
     what = f"full ÷ DiffFit, peak memory, bf16, {deepest} blocks"
