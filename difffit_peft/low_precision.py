@@ -40,8 +40,10 @@ class LowPrecisionLinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """W x + bias, with another bias than the layer's own."""
-        y = _Product.apply(x.to(self.dtype), self.weight.view(DTYPES[self.precision]), self.scale)
-        return y if bias is None else y + bias.to(y.dtype)
+        rows = x.to(self.dtype).reshape(-1, self.in_features)
+        y = _Product.apply(rows, self.weight.view(DTYPES[self.precision]), self.scale)
+        y = y if bias is None else y.add_(bias.to(y.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision}"
@@ -51,16 +53,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        rows, of_rows = _quantised(x.reshape(-1, x.shape[-1]), weight.dtype)
-        y = _matmul(rows, weight.t()) * of_rows * scale.t()
-        return y.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+        rows, of_rows = _quantised(x, weight.dtype)
+        return (_matmul(rows, weight.t()) * of_rows).mul_(scale.t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
-        rows, of_rows = _quantised(grad.reshape(-1, grad.shape[-1]) * scale.t(), weight.dtype)
-        of_x = _matmul(rows, weight) * of_rows
-        return of_x.to(grad.dtype).reshape(*grad.shape[:-1], weight.shape[1]), None, None
+        rows, of_rows = _quantised(grad * scale.t(), weight.dtype)
+        return (_matmul(rows, weight) * of_rows).to(grad.dtype), None, None
 
 
 def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
