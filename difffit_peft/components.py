@@ -68,7 +68,7 @@ def in_effect(model: PeftModel) -> list[str]:
 def activate(model: PeftModel, names: list[str]) -> None:
     """Makes these adapters of one model the active ones. With none, it computes with its base."""
     if names:
-        model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
+        model.active_adapter = names[0]  # PeftModel's own note of it, which holds one name
     model.base_model.enable_adapter_layers()
     model.base_model.set_adapter(names, inference_mode=True)
 
