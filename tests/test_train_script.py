@@ -201,7 +201,7 @@ def test_accumulated_steps_bf16_int8_and_no_average(script, workdir, capsys):
     flags += ("--base_precision", "int8")
     result = run(script, workdir, "bf16", *flags, "--validation_labels", "cow", "0")
     assert result.steps == STEPS
-    assert "in bf16, the base's blocks in int8: 4 steps" in capsys.readouterr().out
+    assert "in bf16, its blocks in int8: 4 steps" in capsys.readouterr().out
     assert PIL.Image.open(result.grids[-1]).size == (16, 2 * 16)
     adapter = load_file(result.output_dir / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in adapter.values())
