@@ -186,9 +186,11 @@ def check_weight_names(expected: set[str], found: set[str]) -> None:
 
 def saved_whole(config: DiffFitConfig, model: nn.Module, names: Iterable[str]) -> set[str]:
     """The layers among `names` that are, or lie in, a module of `modules_to_save`."""
-    modules = dict(model.named_modules())
     saved: set[str] = set()
-    for ending in config.modules_to_save or ():
+    if not config.modules_to_save:
+        return saved
+    modules = dict(model.named_modules())
+    for ending in config.modules_to_save:
         matching = tuple(name for name in modules if name.endswith(ending))  # as peft matches them
         if not matching:
             raise ValueError(f"modules_to_save: {ending!r} names no module of the model.{nearest(ending, [*modules])}")

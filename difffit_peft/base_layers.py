@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .low_precision import LowPrecisionLinear
 from .norms import is_norm, norm_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,10 +25,17 @@ def takes_bias(layer: nn.Module) -> bool:
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether to call `layer` is to multiply by its weight and add its bias, and nothing else."""
     return (
-        type(layer) is nn.Linear
+        type(layer) in (nn.Linear, LowPrecisionLinear)
         and "forward" not in layer.__dict__  # where Accelerate and Diffusers put what they wrap around it
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
     )
+
+
+def linear(x: Tensor, layer: nn.Module, bias: Tensor) -> Tensor:
+    """A plain linear layer's product, with another bias."""
+    if isinstance(layer, LowPrecisionLinear):
+        return layer.product(x, bias)
+    return F.linear(x, layer.weight, bias.to(layer.weight.dtype))
 
 
 class PlacedModules:

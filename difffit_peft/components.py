@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -68,7 +68,7 @@ def in_effect(model: PeftModel) -> list[str]:
 def activate(model: PeftModel, names: list[str]) -> None:
     """Makes these adapters of one model the active ones. With none, it computes with its base."""
     if names:
-        model.set_adapter(names[0])  # PeftModel's own note of it, which holds one name
+        model.active_adapter = names[0]  # PeftModel's own note of it, which holds one name
     model.base_model.enable_adapter_layers()
     model.base_model.set_adapter(names, inference_mode=True)
 
@@ -94,7 +94,7 @@ def attach(
         with _not_offloaded(pipe):
             model = PeftModel(getattr(pipe, component), config, adapter_name)
             setattr(pipe, component, model)
-        if type(pipe).save_pretrained is DiffusionPipeline.save_pretrained:  # which leaves out a PeftModel
+        if type(pipe).save_pretrained is diffusers.DiffusionPipeline.save_pretrained:  # which leaves out a PeftModel
             pipe.save_pretrained = partial(save_pipeline, pipe)
     else:
         model.add_adapter(adapter_name, config)
@@ -185,7 +185,7 @@ def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -
         for component, model in adapted.items():
             other, names = copy.deepcopy(model), fused(model)
             setattr(pipe, component, other.merge_and_unload(adapter_names=names) if names else other.unload())
-        DiffusionPipeline.save_pretrained(pipe, save_directory, **kwargs)
+        diffusers.DiffusionPipeline.save_pretrained(pipe, save_directory, **kwargs)
     finally:
         for component, part in before.items():
             setattr(pipe, component, part)

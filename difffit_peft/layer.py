@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_layers import CONVOLUTIONS, features, is_plain_linear, value_shape
+from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, value_shape
 from .config import DiffFitConfig
 from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .row_scales import is_quantised, row_scales, scaled
@@ -142,8 +142,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         if delta is not None and adapter_names is None and is_plain_linear(layer):
             # W x + (b + δ): the sum of two vectors rather than a pass over the activations
             plain = True
-            bias = delta.to(layer.weight.dtype) if layer.bias is None else (layer.bias + delta).to(layer.bias.dtype)
-            y, delta = F.linear(x, layer.weight, bias), None
+            y, delta = linear(x, layer, delta if layer.bias is None else layer.bias + delta), None
         else:
             y = layer(x, *args, **kwargs)
         # in the dtype of the activations, so that a half-precision base stays at half the memory

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import diffusers
 from huggingface_hub import HfApi, create_repo, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -41,7 +41,7 @@ def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs: An
         ValueError: if it is neither, or an adapter that names no base, or one that is not an id of the Hub.
         HfHubHTTPError: of `huggingface_hub`, or one of its subclasses, if the Hub does not give it.
     """
-    return _load(DiffusionPipeline.from_pretrained, pretrained_model_name_or_path, **kwargs)
+    return _load(diffusers.DiffusionPipeline.from_pretrained, pretrained_model_name_or_path, **kwargs)
 
 
 def _load(load: Callable[..., Any], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:

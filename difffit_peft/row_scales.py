@@ -18,7 +18,8 @@ def row_scales(layer: nn.Module) -> dict[str, Tensor]:
     """The tensors that the rows of a quantised weight are proportional to. Empty where there are none known.
 
     The size of their first dimension is a multiple of the number of rows, and what belongs to one row lies together.
-    They are those of torchao's int8 (0.18), optimum-quanto's int8 and int4 (0.2.7) and bitsandbytes' int8 (0.50).
+    They are those of torchao's int8 (0.18), optimum-quanto's int8 and int4 (0.2.7), bitsandbytes' int8 (0.50) and
+    `low_precision`.
     """
     weight: Any = layer.weight.data
     kind = type(weight).__name__
@@ -28,6 +29,8 @@ def row_scales(layer: nn.Module) -> dict[str, Tensor]:
         return {"_scale": weight._scale}
     if kind == "WeightQBitsTensor" and weight.axis == 0 and weight._shift.is_floating_point():  # q · scale - shift
         return {"_scale": weight._scale, "_shift": weight._shift}
+    if type(layer).__name__ == "LowPrecisionLinear":  # q · scale
+        return {"scale": layer.scale}
     if type(layer).__name__ == "Linear8bitLt":  # q · SCB / 127; the first forward moves SCB to the layer's state
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         return {} if scales is None else {"SCB": scales}

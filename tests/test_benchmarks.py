@@ -14,6 +14,8 @@ pytest.importorskip(
 )
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
+import device  # noqa: E402
+import inference  # noqa: E402
 import methods  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
@@ -147,15 +149,45 @@ def test_a_profile_shows_the_longest_of_any_method_and_sums_up():
     assert lines[-2:] == ["| all others | 6.000 | 0.000 |", "| sum | 66.000 | 20.000 |"]
 
 
-def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size():
-    results = {
-        name: training_speed.on_device(name, "cpu", side=4, batch=2, compiled=False, num_layers=1, steps=2)
-        for name in ("full", "DiffFit")
-    }
+@pytest.fixture
+def tiny(monkeypatch):
+    def make(num_layers, dtype=torch.float32, sample_size=32):
+        return make_dit(num_layers=num_layers, sample_size=sample_size).to(dtype)
+
+    for benchmark in (training_speed, inference):
+        monkeypatch.setattr(benchmark, "dit_xl_2", make)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "args", "reference", "name"),
+    [(training_speed, (4,), "full", "DiffFit + int8 base"), (inference, (), "base", "DiffFit, merged")],
+)
+def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size(tiny, benchmark, args, reference, name):
+    results = {n: benchmark.on_device(n, 2, "cpu", *args, num_layers=1, rounds=2) for n in (reference, name)}
     assert all(len(result["seconds"]) == 2 and result["peak_bytes"] > 0 for result in results.values())
-    lines = training_speed.device_tables({32: {2: results, 4: dict.fromkeys(results)}}).splitlines()
+    lines = device.device_table("32 pixels", reference, {2: results, 4: dict.fromkeys(results)}).splitlines()
     assert lines[0] == "| 32 pixels | batch 2 | batch 4 | within 24 GB | within 80 GB |"
     assert "(1.00x, " in lines[2] and "does not fit" in lines[3] and lines[3].endswith(" at 2 |")
+
+
+@torch.no_grad()
+def test_adapters_are_loaded_and_mixed_in_any_dtype(tiny, monkeypatch):
+    monkeypatch.setattr(inference, "SEVERAL", 2)
+    options = {"dtype": torch.bfloat16, "num_layers": 1, "rounds": 1}
+    loading, mixed = inference.adapters(**options), inference.mixed("DiffFit", batch=2, **options)
+    assert [*mixed] == ["one active", "1", "2"] and all(len(s) == 1 for s in (loading | mixed).values())
+    lines = inference.adapter_tables(loading, {"DiffFit": mixed}, 1)
+    assert "| load 2, one by one |" in lines[1] and "| DiffFit, 2 different |" in lines[3]
+
+
+def test_a_batch_that_does_not_fit():
+    with pytest.raises(SystemExit, match="A batch of 2 does not fit"):
+        device.check_measured({4: {"base": {"seconds": [1.0]}}, 2: {"base": None}}, "base")
+
+    def make():
+        raise torch.OutOfMemoryError
+
+    assert device.measure(make, torch.device("cpu"), rounds=1) is None
 
 
 def test_methods_of_peft_train_the_same_class_rows():

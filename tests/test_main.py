@@ -7,13 +7,14 @@ import pytest
 
 SCRIPT = """
 import sys
+heavy = [name for name in sys.modules if name.startswith(("diffusers.pipelines.", "diffusers.models.transformers."))]
 from helper import layer  # a module beside the script
 from peft import PeftConfig, get_peft_model
 
 if __name__ == "__main__":
     model = get_peft_model(layer(), PeftConfig.from_pretrained(sys.argv[1]))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    print(type(model.base_model).__name__, sys.argv[1:], len(trained))
+    print(type(model.base_model).__name__, sys.argv[1:], len(trained), heavy)
     sys.exit(3)
 """
 HELPER = "from torch import nn\ndef layer():\n    return nn.Sequential(nn.Linear(2, 2))\n"
@@ -37,7 +38,7 @@ def script(tmp_path):
 @pytest.mark.parametrize("launcher", [["-m"], ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m"]])
 def test_a_script_that_does_not_know_difffit_trains_it(script, tmp_path, launcher):
     result = run(*launcher, "difffit_peft", script, tmp_path / "config", "--flag", cwd=tmp_path)
-    assert f"DiffFitModel ['{tmp_path / 'config'}', '--flag'] 2" in result.stdout, result.stderr
+    assert f"DiffFitModel ['{tmp_path / 'config'}', '--flag'] 2 []" in result.stdout, result.stdout + result.stderr
     assert result.returncode == (3 if launcher == ["-m"] else 1)  # the launcher turns any failure to 1
 
 

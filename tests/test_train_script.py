@@ -195,11 +195,13 @@ def test_a_base_with_adapters_is_refused(script, workdir, result):
     assert not (workdir / "refused").exists()
 
 
-def test_accumulated_steps_bf16_and_no_average(script, workdir):
+def test_accumulated_steps_bf16_int8_and_no_average(script, workdir, capsys):
     flags = ("--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--no-use_ema", "--no-random_flip")
     flags += ("--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--num_validation_images", "1")
+    flags += ("--base_precision", "int8")
     result = run(script, workdir, "bf16", *flags, "--validation_labels", "cow", "0")
     assert result.steps == STEPS
+    assert "in bf16, its blocks in int8: 4 steps" in capsys.readouterr().out
     assert PIL.Image.open(result.grids[-1]).size == (16, 2 * 16)
     adapter = load_file(result.output_dir / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in adapter.values())
@@ -578,6 +580,9 @@ def test_what_a_run_leaves_to_see(script, workdir):
         (["--init_classes", "1", "2", "bee"], "'bee' is not a class: give an index from 0 to 999"),
         (["--validation_labels", "beee"], "'beee' is not a class.*Did you mean 'bee'"),
         pytest.param(["--mixed_precision", "fp16"], "fp16 needs a GPU, and this is a CPU", marks=CPU),
+        pytest.param(
+            ["--base_precision", "fp8"], "fp8 needs an NVIDIA GPU.* or above, and this device is cpu", marks=CPU
+        ),
         (["--label_column", "class"], "label_column is 'class'.*'image', 'label'"),
         (["--dataset_name", "also/given"], "exactly one"),
     ],

@@ -27,7 +27,8 @@ from .scripts import (
 
 # What a run must keep to be resumed, beside its data and base.
 SETTINGS = [
-    *("seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "optimizer", "learning_rate"),
+    *("seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "base_precision"),
+    *("optimizer", "learning_rate"),
     *("lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
     *("snr_gamma", "max_grad_norm", "use_ema", "ema_decay", "guidance_loss_scale", "guidance_loss_start"),
 ]
@@ -97,6 +98,12 @@ def add_training_arguments(group: argparse._ArgumentGroup) -> None:
         choices=["no", "fp16", "bf16"],
         default=launched_precision("bf16"),
         help="the frozen base is held in it too; default: what `accelerate launch` was told, if not no, else bf16",
+    )
+    group.add_argument(
+        "--base_precision",
+        choices=["bf16", "int8", "fp8"],
+        help="hold the frozen linear layers of the blocks in it, and multiply in it; default: that of "
+        "--mixed_precision. int8: a recent NVIDIA GPU, or a CPU; fp8: one with hardware for it (Ada, Hopper and later)",
     )
     group.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
     group.add_argument("--torch_compile", action=switch, default=False, help="torch.compile the model")

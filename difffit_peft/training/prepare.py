@@ -27,6 +27,7 @@ from torch.utils.data import Subset
 from ..config import DiffFitConfig
 from ..publishing import check_push
 from .arguments import SETTINGS, make_accelerator
+from .base_precision import check_base_precision, lower_blocks
 from .checkpoint import check_checkpoint, checkpoints, fingerprint
 from .images import LabelledImages
 from .latents import LatentDataset, encode_latents
@@ -81,6 +82,7 @@ def start(args: argparse.Namespace) -> Accelerator:
         raise ValueError(
             "--mixed_precision fp16 is not for FSDP2, whose gradients Accelerate scales back twice: use bf16."
         )
+    check_base_precision(args.base_precision, args.mixed_precision, accelerator.device, sharded)
     return accelerator
 
 
@@ -136,7 +138,10 @@ def attach(model: nn.Module, config: DiffFitConfig, args: argparse.Namespace) ->
         config.trained_guidance_scale = args.guidance_loss_scale
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if args.base_precision in ("int8", "fp8"):
+        lower_blocks(adapted, args.base_precision)
+    return adapted
 
 
 def cache_folder(args: argparse.Namespace, name: str) -> Path:

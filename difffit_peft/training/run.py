@@ -167,12 +167,12 @@ def build(args: argparse.Namespace, accelerator: Accelerator, task: Task) -> Run
 
 def describe(run: Run) -> str:
     """What the run is about to do, in words."""
-    args, task = run.args, run.task
+    args, task, low = run.args, run.task, run.args.base_precision
     return (
         f"{task.about}\n\n{explain(task.model).table()}\n\n"
         f"Training {run.trained_parameters:,} parameters, {run.trained_parameters / run.base_parameters:.3%} of the "
-        f"base's {run.base_parameters:,}, in {args.mixed_precision.replace('no', 'fp32')}: {run.total_steps} steps of "
-        f"{run.samples_per_step} images\n"
+        f"base's {run.base_parameters:,}, in {args.mixed_precision.replace('no', 'fp32')}"
+        f"{f', its blocks in {low}' if low else ''}: {run.total_steps} steps of {run.samples_per_step} images\n"
         f"AdamW at {args.learning_rate:g}, {args.learning_rate / PRE_TRAINING_RATE:g}x the rate that published DiTs "
         f"are pre-trained at (the paper recommends 10x); weight decay {args.adam_weight_decay:g}"
     )

@@ -1,6 +1,11 @@
 """Sampling: what an adapter costs, merged and not; loading and switching; many adapters in one batch.
 
     python examples/benchmarks/inference.py [--short]
+    python examples/benchmarks/inference.py --device cuda [--torch_compile] [--batch_sizes 8 32 64 128]
+
+With `--device cuda`: all 28 blocks in bfloat16, each way to sample at each batch size in a fresh process, as
+`training_speed.py` does it; then loading and batches of several adapters as below, on the GPU. The rest of this text is
+about the CPU.
 
 At the width of DiT-XL/2 with random weights and adapters of random values, in float32, without gradients.
 
@@ -16,13 +21,24 @@ At the width of DiT-XL/2 with random weights and adapters of random values, in f
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from device import (
+    Measured,
+    about_device,
+    add_device_arguments,
+    check_measured,
+    device_table,
+    measure,
+    measure_all,
+    median_seconds,
+    seconds_of,
+)
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
 from difffit_peft.training.scripts import run_script
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -33,7 +49,8 @@ from report import output_dir, parser, publish, spread, table, target
 from torch import nn
 from tqdm import tqdm
 
-BATCH, MIXED_BATCH, MIXED_BLOCKS, NUM_CLASSES = 4, 32, 2, 101
+BATCH, MIXED_BATCH, MIXED_BLOCKS, NUM_CLASSES, FULL_DEPTH, SEVERAL = 4, 32, 2, 101, 28, 10
+WAYS = ["base", *(f"{method}, {state}" for method in (*DIFFFIT, "LoRA") for state in ("unmerged", "merged"))]
 
 Seconds = dict[str, list[float]]
 
@@ -45,71 +62,100 @@ def config(method: str) -> PeftConfig:
     return DiffFitConfig(num_classes=NUM_CLASSES, init_weights=False, **DIFFFIT[method])
 
 
-def take_turns(ways: dict[str, Callable[[], object]], rounds: int, desc: str) -> Seconds:
+def model_of(way: str, num_layers: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base, or a model with an adapter, unmerged or merged: one of `WAYS`."""
+    base = dit_xl_2(num_layers, dtype)
+    if way == "base":
+        return base
+    method, _, state = way.rpartition(", ")
+    model = get_peft_model(base, config(method))
+    return model.merge_and_unload() if state == "merged" else model
+
+
+def take_turns(ways: dict[str, Callable[[], object]], rounds: int, desc: str, device: str = "cpu") -> Seconds:
     """Seconds of each way, which take turns; a round to warm up is left out."""
     seconds: Seconds = {name: [] for name in ways}
     for turn in tqdm(range(rounds + 1), desc=desc):
         for name, way in ways.items():
-            start = time.perf_counter()
-            way()
+            measured = seconds_of(way, torch.device(device))
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(measured)
     return seconds
 
 
-def evaluation(model: nn.Module, batch: int, **kwargs: object) -> Callable[[], object]:
+def evaluation(model: nn.Module, batch: int, device: str = "cpu", **kwargs: object) -> Callable[[], object]:
     """One evaluation of a transformer at a batch of latents of 32 x 32."""
     generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(batch, 4, 32, 32, generator=generator)
-    labels = torch.randint(NUM_CLASSES, (batch,), generator=generator)
-    timestep = torch.full((batch,), 500)
-    model.eval()
+    model.eval().to(device)
+    x_t = torch.randn(batch, 4, 32, 32, generator=generator).to(device, next(model.parameters()).dtype)
+    labels = torch.randint(NUM_CLASSES, (batch,), generator=generator).to(device)
+    timestep = torch.full((batch,), 500, device=device)
     return lambda: model(x_t, timestep=timestep, class_labels=labels, **kwargs)
 
 
 def sampling(num_layers: int, rounds: int) -> Seconds:
-    models = {"base": dit_xl_2(num_layers)}
-    for method in (*DIFFFIT, "LoRA"):
-        models[f"{method}, unmerged"] = get_peft_model(dit_xl_2(num_layers), config(method))
-        models[f"{method}, merged"] = get_peft_model(dit_xl_2(num_layers), config(method)).merge_and_unload()
-    return take_turns({name: evaluation(model, BATCH) for name, model in models.items()}, rounds, "sampling")
+    return take_turns({way: evaluation(model_of(way, num_layers), BATCH) for way in WAYS}, rounds, "sampling")
 
 
-def adapters(rounds: int) -> Seconds:
+@torch.no_grad()
+def on_device(way: str, batch: int, device: str, num_layers: int = FULL_DEPTH, rounds: int = 20) -> Measured | None:
+    """Seconds and peak bytes of an evaluation in bfloat16, of one of `WAYS`, or with " + compiled" after it."""
+
+    def make() -> Callable[[], object]:
+        model = model_of(way.removesuffix(" + compiled"), num_layers, torch.bfloat16)
+        if way.endswith(" + compiled"):
+            model.compile()
+        return evaluation(model, batch, device)
+
+    return measure(make, torch.device(device), rounds)
+
+
+def adapters(
+    rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int = FULL_DEPTH
+) -> Seconds:
     """Loading adapters onto a pipeline, and switching between them."""
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)  # not used
-    pipe = DiffFitDiTPipeline(dit_xl_2(), vae, DDIMScheduler())
+    pipe = DiffFitDiTPipeline(dit_xl_2(num_layers, dtype).to(device), vae, DDIMScheduler())
     with tempfile.TemporaryDirectory() as folder:
         model = get_peft_model(pipe.transformer, config("DiffFit"))
-        for name in ("a", "b"):
+        names = [f"adapter_{i}" for i in range(SEVERAL)]
+        for name in names:
             model.save_pretrained(f"{folder}/{name}", save_embedding_layers=False)
         model.unload()
-        seconds: Seconds = {"load the first": [], "load a second": [], "switch": [], "unload both": []}
 
-        def timed(what: str, function: Callable[..., object], *args: object) -> None:
-            start = time.perf_counter()
-            function(*args)
-            seconds[what].append(time.perf_counter() - start)
+        def load(*some: str) -> None:
+            for name in some:
+                pipe.load_difffit_weights(Path(folder, name), name)
 
-        for _ in tqdm(range(rounds + 1), desc="loading"):
-            timed("load the first", pipe.load_difffit_weights, Path(folder, "a"), "a")
-            timed("load a second", pipe.load_difffit_weights, Path(folder, "b"), "b")
-            timed("switch", pipe.set_adapters, "a")
-            timed("unload both", pipe.unload_difffit_weights)
-    return {what: values[1:] for what, values in seconds.items()}
+        steps: dict[str, Callable[[], object]] = {
+            "load the first": lambda: load(names[0]),
+            "load a second": lambda: load(names[1]),
+            "switch": lambda: pipe.set_adapters(names[0]),
+            "unload both": pipe.unload_difffit_weights,
+            f"load {SEVERAL}, one by one": lambda: load(*names),
+            f"unload {SEVERAL}": pipe.unload_difffit_weights,
+        }
+        return take_turns(steps, rounds, "loading", device)
 
 
-def mixed(method: str, rounds: int) -> Seconds:
+def mixed(
+    method: str,
+    rounds: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = MIXED_BLOCKS,
+    batch: int = MIXED_BATCH,
+) -> Seconds:
     """A batch with as many adapters as the keys say, `one active` by the ordinary forward."""
-    names = [f"adapter_{i}" for i in range(MIXED_BATCH)]
-    model = get_peft_model(dit_xl_2(MIXED_BLOCKS), config(method), names[0])
+    names = [f"adapter_{i}" for i in range(batch)]
+    model = get_peft_model(dit_xl_2(num_layers, dtype).to(device), config(method), names[0])
     for name in names[1:]:
         model.add_adapter(name, config(method))
     model.set_adapter(names[0])
-    ways = {"one active": evaluation(model, MIXED_BATCH)}
-    for count in (1, 8, MIXED_BATCH):
-        ways[f"{count}"] = evaluation(model, MIXED_BATCH, adapter_names=(names[:count] * MIXED_BATCH)[:MIXED_BATCH])
-    return take_turns(ways, rounds, f"mixed batch, {method}")
+    ways = {"one active": evaluation(model, batch, device)}
+    for count in sorted({1, min(8, batch), batch}):
+        ways[f"{count}"] = evaluation(model, batch, device, adapter_names=(names[:count] * batch)[:batch])
+    return take_turns(ways, rounds, f"mixed batch, {method}", device)
 
 
 def ratio(seconds: Seconds, numerator: str, denominator: str) -> float:
@@ -129,9 +175,70 @@ def plot(steps: Seconds, batches: dict[str, Seconds]) -> Figure:
     return figure
 
 
+def adapter_tables(loading: Seconds, batches: dict[str, Seconds], num_layers: int) -> list[str]:
+    return [
+        f"Adapters of all 28 blocks and {NUM_CLASSES} classes on a pipeline, {len(loading['switch'])} times:",
+        table(("", "s"), [[what, spread(values)] for what, values in loading.items()]),
+        f"One batch of {MIXED_BATCH} through {num_layers} blocks with several adapters:",
+        table(
+            ("", "s", "÷ one active"),
+            [
+                [
+                    f"{method}, {name}" + (" different" if name.isdigit() else ""),
+                    spread(values),
+                    f"{ratio(seconds, name, 'one active'):.3f}",
+                ]
+                for method, seconds in batches.items()
+                for name, values in seconds.items()
+            ],
+        ),
+    ]
+
+
+def targets_of(merged: float, unmerged: float, loading: Seconds, difffit: Seconds, where: str = "") -> list[dict]:
+    return [
+        target(f"DiffFit merged ÷ base, sampling{where}", "≤", 1.01, merged),
+        target(f"DiffFit unmerged ÷ base, sampling{where}", "≤", 1.03, unmerged),
+        target(f"batch of 32: 32 adapters ÷ one{where}", "≤", 1.10, ratio(difffit, f"{MIXED_BATCH}", "one active")),
+        target(f"load a DiT-XL/2 adapter, s{where}", "≤", 0.15, statistics.median(loading["load the first"])),
+        target(f"load ten, s{where}", "≤", 1.0, statistics.median(loading[f"load {SEVERAL}, one by one"])),
+        target(f"switch between two adapters, s{where}", "≤", 0.05, statistics.median(loading["switch"])),
+    ]
+
+
+@torch.no_grad()
+def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
+    batches = args.batch_sizes[:1] if args.short else args.batch_sizes
+    ways = WAYS + [f"{way} + compiled" for way in WAYS if args.torch_compile]
+    found = measure_all(on_device, ways, batches, args.device)
+    base, unmerged, merged = map(median_seconds, check_measured(found, "base", "DiffFit, unmerged", "DiffFit, merged"))
+    options = {"device": args.device, "dtype": torch.bfloat16, "num_layers": FULL_DEPTH}
+    loading = adapters(rounds=3 if args.short else 10, **options)
+    mixtures = {method: mixed(method, 3 if args.short else 10, **options) for method in ("DiffFit", "LoRA")}
+    about = (
+        f"{about_device(args.device)} DiT-XL/2, 28 blocks, random weights in bf16. Latents a "
+        "second of one evaluation, median of 20 after 3, as a multiple of the base's, and the peak of allocated "
+        "memory. On the right: at the largest of these batches that fits."
+    )
+    parts = [about, device_table("", "base", found), *adapter_tables(loading, mixtures, FULL_DEPTH)]
+    publish(
+        folder,
+        "inference_gpu",
+        "Sampling on a GPU",
+        "\n\n".join(parts),
+        {"sampling": found, "adapters": loading, "mixed": mixtures},
+        targets=targets_of(merged / base, unmerged / base, loading, mixtures["DiffFit"], ", on a GPU, bf16"),
+    )
+
+
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    cli = parser(__doc__)
+    add_device_arguments(cli)
+    args = cli.parse_args()
     folder = output_dir(args)
+    if args.device != "cpu":
+        measure_on_device(args, folder)
+        return
     torch.set_num_threads(2)  # the targets are for 2 cores
     num_layers = 4 if args.short else 8
     with torch.no_grad():
@@ -147,23 +254,8 @@ def main() -> None:
             ("", "s", "÷ base"),
             [[name, spread(values), f"{ratio(steps, name, 'base'):.3f}"] for name, values in steps.items()],
         ),
-        f"Adapters of all 28 blocks and {NUM_CLASSES} classes on a pipeline, {len(loading['switch'])} times:",
-        table(("", "s"), [[what, spread(values)] for what, values in loading.items()]),
-        f"One batch of {MIXED_BATCH} through {MIXED_BLOCKS} blocks with several adapters:",
-        table(
-            ("", "s", "÷ one active"),
-            [
-                [
-                    f"{method}, {name}" + (" different" if name.isdigit() else ""),
-                    spread(values),
-                    f"{ratio(seconds, name, 'one active'):.3f}",
-                ]
-                for method, seconds in batches.items()
-                for name, values in seconds.items()
-            ],
-        ),
+        *adapter_tables(loading, batches, MIXED_BLOCKS),
     ]
-    difffit = batches["DiffFit"]
     publish(
         folder,
         "inference",
@@ -171,13 +263,12 @@ def main() -> None:
         "\n\n".join(parts),
         {"blocks": num_layers, "sampling": steps, "adapters": loading, "mixed": batches},
         plot(steps, batches),
-        [
-            target("DiffFit merged ÷ base, sampling", "≤", 1.01, ratio(steps, "DiffFit, merged", "base")),
-            target("DiffFit unmerged ÷ base, sampling", "≤", 1.03, ratio(steps, "DiffFit, unmerged", "base")),
-            target("batch of 32: 32 adapters ÷ one", "≤", 1.10, ratio(difffit, f"{MIXED_BATCH}", "one active")),
-            target("load a DiT-XL/2 adapter, s", "≤", 0.5, statistics.median(loading["load the first"])),
-            target("switch between two adapters, s", "≤", 0.05, statistics.median(loading["switch"])),
-        ],
+        targets_of(
+            ratio(steps, "DiffFit, merged", "base"),
+            ratio(steps, "DiffFit, unmerged", "base"),
+            loading,
+            batches["DiffFit"],
+        ),
     )
 
 

@@ -67,10 +67,12 @@ def output_dir(args: argparse.Namespace) -> Path:
 def machine() -> dict[str, Any]:
     """Processor, cores, threads, memory, versions and date, as they are now."""
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    of_bf16 = [name for name in ("avx512_bf16", "amx_bf16") if re.search(rf"\b{name}\b", text)]  # products in bf16
     return {
         "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *of_bf16]),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),

@@ -3,6 +3,9 @@
     python examples/benchmarks/training_speed.py [--short]
     python examples/benchmarks/training_speed.py --device cuda [--torch_compile] [--batch_sizes 8 32 64 128]
 
+A method " + int8 base" holds the frozen linear layers of the blocks in int8 and multiplies in it, as
+`train_difffit.py --base_precision int8` does; fp8 likewise, where a GPU has it. " + compiled" is after `torch.compile`.
+
 With `--device cuda`: the whole of DiT-XL/2 at 256 and at 512 pixels in bf16, each method at each batch size in a fresh
 process: seconds a step by the device's events, and the peak of what PyTorch allocated. From these come images a second
 at equal batches, and at the largest batch that fits into 24 and into 80 GB. A batch that does not fit is left out. It
@@ -28,17 +31,27 @@ its memory alone is measured, at 4 blocks and, for full fine-tuning and DiffFit,
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import re
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from device import (
+    Measured,
+    Stopwatch,
+    about_device,
+    add_device_arguments,
+    check_measured,
+    device_table,
+    in_fresh_process,
+    measure,
+    measure_all,
+    median_seconds,
+    resident,
+)
+from difffit_peft.training.base_precision import check_base_precision, lower_blocks
 from difffit_peft.training.losses import diffusion_loss
 from difffit_peft.training.scripts import run_script
 from diffusers import DDPMScheduler
@@ -52,8 +65,9 @@ PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
 PROFILED, NUM_OPERATORS = ["full", "LoRA r=8", "DiffFit", "floor"], 9
-OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit r=1", "floor"]
-ALL = [name for name in (*METHODS, "floor") if name != "LN tuning"]  # which has nothing to train in a DiT
+OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit + int8 base", "DiffFit r=1", "floor"]
+OF_MEMORY = ["full", "DiffFit", "DiffFit + int8 base"]  # where bf16 is not timed
+ALL = [name for name in (*METHODS, "DiffFit + int8 base", "floor") if name != "LN tuning"]  # which trains nothing here
 
 GPU_METHODS = [
     "full",
@@ -65,33 +79,11 @@ GPU_METHODS = [
     "DiffFit",
     "DiffFit, adaLN",
     "DiffFit r=1",
+    "DiffFit + int8 base",
+    "DiffFit + fp8 base",
     "floor",
 ]
-BUDGETS = (24, 80)  # GB
-
 Steps = list[list[float]]  # seconds of each phase, step by step
-
-
-class Stopwatch:
-    """Times marks: by events of the device, which the host does not wait for, or by the host's clock on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.marks = device, []
-
-    def mark(self) -> None:
-        if self.device.type == "cpu":
-            self.marks.append(time.perf_counter())
-        else:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-
-    def seconds(self) -> list[float]:
-        """Between each mark and the next."""
-        pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
-        if self.device.type == "cpu":
-            return [end - start for start, end in pairs]
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 class Trainer:
@@ -105,8 +97,8 @@ class Trainer:
         device: str = "cpu",
         batch: int = BATCH,
         side: int = 32,
-        compiled: bool = False,
     ) -> None:
+        method, *options = method.split(" + ")
         self.dtype, self.device = DTYPES[precision], torch.device(device)
         base = dit_xl_2(num_layers, torch.float32 if method == "full" else self.dtype, side)
         self.model = hold_frozen_in(self.dtype, adapt(method, base)).train().to(self.device)
@@ -117,8 +109,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         self.x_0, self.noise = torch.randn(2, batch, 4, side, side, generator=generator).to(self.device)
         self.timesteps, self.labels = torch.randint(1000, (2, batch), generator=generator).to(self.device)
-        if compiled:
-            self.model.compile()
+        for option in options:
+            if option == "compiled":
+                self.model.compile()
+            else:
+                lower_blocks(self.model, option.removesuffix(" base"))
 
     def step(self) -> list[float]:
         """One step; the seconds of each phase."""
@@ -153,78 +148,48 @@ def take_turns(methods: list[str], precision: str, rounds: int) -> dict[int, dic
 
 def alone(method: str, num_layers: int, precision: str) -> dict[str, Any]:
     """The second of two steps and the peak of resident memory, in bytes; for a fresh process."""
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     trainer = Trainer(method, num_layers, precision)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew: building is not training
-    return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": _resident("VmHWM") - before}
+    return {"seconds": [trainer.step(), trainer.step()][1], "peak_bytes": resident("VmHWM") - before}
 
 
 def on_device(
-    method: str, device: str, side: int, batch: int, compiled: bool, num_layers: int = FULL_DEPTH, steps: int = 10
-) -> dict[str, Any] | None:
-    """Seconds a step and peak bytes of one method, for a fresh process; `None` where the batch does not fit."""
+    method: str, batch: int, device: str, side: int, num_layers: int = FULL_DEPTH, rounds: int = 10
+) -> Measured | None:
+    """Seconds and peak bytes of a step of one method."""
+    return measure(lambda: Trainer(method, num_layers, "bf16", device, batch, side).step, torch.device(device), rounds)
+
+
+def multiplies_in(precision: str, device: str) -> bool:
     try:
-        trainer = Trainer(method, num_layers, "bf16", device, batch, side, compiled)
-        for _ in range(3):  # to warm up, and to compile
-            trainer.step()
-        if trainer.device.type == "cpu":
-            return {"seconds": [sum(trainer.step()) for _ in range(steps)], "peak_bytes": _resident("VmHWM")}
-        torch.cuda.reset_peak_memory_stats(trainer.device)
-        seconds = [sum(trainer.step()) for _ in range(steps)]
-        return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(trainer.device)}
-    except torch.OutOfMemoryError:
-        return None
-
-
-def device_tables(found: dict[int, dict[int, dict[str, dict | None]]]) -> str:
-    """`found[pixels][batch][method]` are results of `on_device`: images a second at equal batches and in a budget."""
-    parts = []
-    for pixels, of_batch in found.items():
-        rates: dict[str, dict[int, float]] = {}
-        peaks: dict[str, dict[int, float]] = {}
-        for batch, results in of_batch.items():
-            for name, result in results.items():
-                if result:
-                    rates.setdefault(name, {})[batch] = batch / statistics.median(result["seconds"])
-                    peaks.setdefault(name, {})[batch] = result["peak_bytes"] / 1e9
-        rows = []
-        for name, of_name in rates.items():
-            cells = [
-                f"{of_name[batch]:.1f} ({of_name[batch] / rates.get('full', {}).get(batch, float('nan')):.2f}x, "
-                f"{peaks[name][batch]:.1f} GB)"
-                if batch in of_name
-                else "does not fit"
-                for batch in of_batch
-            ]
-            for budget in BUDGETS:
-                fits = [batch for batch in of_name if peaks[name][batch] <= budget]
-                cells.append(f"{of_name[max(fits)]:.1f} at {max(fits)}" if fits else "none fits")
-            rows.append([name, *cells])
-        columns = [f"{pixels} pixels", *(f"batch {batch}" for batch in of_batch), *(f"within {b} GB" for b in BUDGETS)]
-        parts.append(table(columns, rows))
-    return "\n\n".join(parts)
+        check_base_precision(precision, "bf16", torch.device(device), sharded=False)
+    except ValueError:
+        return False
+    return True
 
 
 def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
     pixels, batches = ((256,), args.batch_sizes[:1]) if args.short else ((256, 512), args.batch_sizes)
-    methods = OF_TARGETS if args.short else GPU_METHODS
-    found: dict[int, dict[int, dict[str, dict | None]]] = {side: {batch: {} for batch in batches} for side in pixels}
-    for side, batch, name in tqdm([(s, b, n) for s in pixels for b in batches for n in methods], desc="each alone"):
-        job = (name, args.device, side // 8, batch, args.torch_compile)
-        found[side][batch][name] = in_fresh_process(on_device, *job)
-    properties = torch.cuda.get_device_properties(args.device)
+    low = {f"DiffFit + {precision} base": multiplies_in(precision, args.device) for precision in ("int8", "fp8")}
+    methods = [name for name in (OF_TARGETS if args.short else GPU_METHODS) if low.get(name, True)]
+    if args.torch_compile:
+        methods += [f"{name} + compiled" for name in methods]
+    found = {side: measure_all(on_device, methods, batches, args.device, side // 8) for side in pixels}
+    full, difffit = check_measured(found[pixels[0]], "full", "DiffFit")
     about = (
-        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; DiT-XL/2, 28 blocks, random weights, bf16 "
-        f"autocast, frozen weights in bf16{', torch.compile' if args.torch_compile else ''}. Images a second, median "
-        "of 10 steps after 3, as a multiple of full fine-tuning's, and the peak of allocated memory. On the right: at "
-        "the largest of these batches that fits."
+        f"{about_device(args.device)} DiT-XL/2, 28 blocks, random weights, bf16 autocast, frozen "
+        "weights in bf16. Images a second, median of 10 steps after 3, as a multiple of full fine-tuning's, and the "
+        "peak of allocated memory. On the right: at the largest of these batches that fits."
     )
-    first = found[pixels[0]][batches[0]]
-    if not all(first.get(name) for name in ("full", "DiffFit")):
-        raise SystemExit(f"A batch of {batches[0]} does not fit: choose smaller --batch_sizes.")
-    whole = statistics.median(first["full"]["seconds"]) / statistics.median(first["DiffFit"]["seconds"])
-    targets = [target("full ÷ DiffFit, seconds per step, DiT-XL/2 on a GPU, bf16", "≥", 1.8, whole)]
-    markdown = f"{about}\n\n{device_tables(found)}"
+    tables = [device_table(f"{side} pixels", "full", of_side) for side, of_side in found.items()]
+    what = "seconds per step, DiT-XL/2 on a GPU, bf16"
+    targets = [target(f"full ÷ DiffFit, {what}", "≥", 1.8, median_seconds(full) / median_seconds(difffit))]
+    smallest = found[pixels[0]][min(batches)]
+    fastest = min((median_seconds(r) for name, r in smallest.items() if r and " base" in name), default=None)
+    low_ratio = None if fastest is None else median_seconds(full) / fastest
+    targets.append(target(f"full ÷ DiffFit with its base in int8 or fp8, {what}", "≥", 2.6, low_ratio))
+    markdown = "\n\n".join([about, *tables])
     publish(folder, "training_speed_gpu", "Training on a GPU", markdown, {"found": found}, targets=targets)
 
 
@@ -239,11 +204,6 @@ def profile(method: str) -> dict[str, float]:
     return {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()}
 
 
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
-
-
 def product_seconds(dtype: torch.dtype) -> float:
     """Of a product of matrices as in these models."""
     x, weight = torch.randn(1024, 1152).to(dtype), torch.randn(4608, 1152).to(dtype)
@@ -253,11 +213,6 @@ def product_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def ratio(steps: dict[str, Steps], numerator: str, denominator: str) -> float:
@@ -382,9 +337,7 @@ def plot(times: dict, memory: dict) -> Figure:
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 12 3)")
-    cli.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    cli.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 64, 128], help="with cuda")
-    cli.add_argument("--torch_compile", action="store_true", help="compile the model, with cuda")
+    add_device_arguments(cli)
     args = cli.parse_args()
     if args.device != "cpu":
         measure_on_device(args, output_dir(args))
@@ -400,10 +353,10 @@ def main() -> None:
     times = {precision: in_fresh_process(take_turns, methods, precision, rounds[precision]) for precision in timed}
     depth = DEPTHS[1]
     if args.short:
-        jobs = [(name, depth, "bf16") for name in ("full", "DiffFit")]
+        jobs = [(name, depth, "bf16") for name in OF_MEMORY]
     else:
         jobs = [(name, depth, p) for p in DTYPES for name in methods]
-        jobs += [(n, FULL_DEPTH, p) for p in DTYPES for n in (OF_TARGETS if p in timed else ["full", "DiffFit"])]
+        jobs += [(n, FULL_DEPTH, p) for p in DTYPES for n in (OF_TARGETS if p in timed else OF_MEMORY)]
     measured: dict[int, dict[str, dict[str, Any]]] = {d: {p: {} for p in DTYPES} for d in (depth, FULL_DEPTH)}
     for name, num_layers, precision in tqdm(jobs, desc="each alone"):
         measured[num_layers][precision][name] = in_fresh_process(alone, name, num_layers, precision)
@@ -419,6 +372,10 @@ def main() -> None:
         ):
             measured_ratio = ratio(times[precision][depth], numerator, denominator) if precision in timed else None
             targets.append(target(f"{what}, {precision}", bound, limit, measured_ratio))
+        low_ratio = ratio(times[precision][depth], "full", "DiffFit + int8 base") if precision in timed else None
+        targets.append(
+            target(f"full ÷ DiffFit with its base in int8, seconds per step, {precision}", "≥", 2.6, low_ratio)
+        )
     deepest = FULL_DEPTH if measured[FULL_DEPTH]["bf16"] else depth
     peak = {name: measured[deepest]["bf16"][name]["peak_bytes"] for name in ("full", "DiffFit")}
     what = f"full ÷ DiffFit, peak memory, bf16, {deepest} blocks"
