@@ -13,7 +13,7 @@ import math
 import PIL.Image
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
+from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.class_names import class_indices
 from difffit_peft.training.arguments import latent_factor, load_base, load_images, training_parser
 from difffit_peft.training.losses import training_scheduler
@@ -86,16 +86,13 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
             )
         start = class_indices(args.init_classes, pipe.id2label, pipe.transformer.config.num_embeds_ada_norm)
     identity = {"classes": names, "init_class_rows": start} | identity_of(args, accelerator, pipe.transformer)
-    config = DiffFitConfig(
+    pipe.transformer = attach(
+        pipe.transformer,
+        args,
         id2label=dict(enumerate(names)),
         init_class_rows=start,
-        gamma_modules=args.gamma_modules,
-        gamma_layers=args.gamma_layers,
-        r=args.r,
         sample_size=resolution // latent_factor(pipe),
-        background=args.background,
     )
-    pipe.transformer = attach(pipe.transformer, config, args)
     train, held_out, identity = encode_images(args, accelerator, pipe.vae, images, resolution, identity)
 
     def sample() -> PIL.Image.Image:

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from difffit_peft import DiffFitConfig
 from difffit_peft.training.arguments import training_parser
 from difffit_peft.training.images import load_captioned_images
 from difffit_peft.training.objective import WEIGHTING_SCHEMES, noising
@@ -77,10 +76,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Task:
     key = family.encoding_key()
     of_text = {"weighting_scheme": args.weighting_scheme, "caption_dropout": dropout}
     identity = {"captions": captions, "prompts": key} | of_text | identity_of(args, accelerator, family.model)
-    config = DiffFitConfig(
-        gamma_modules=args.gamma_modules, gamma_layers=args.gamma_layers, r=args.r, background=args.background
-    )
-    model = attach(family.model, config, args)
+    model = attach(family.model, args)
     setattr(pipe, family.part, model)
     train, held_out, identity = encode_images(args, accelerator, pipe.vae, images, resolution, identity)
     shown = args.validation_prompts or captions[:: -(-len(captions) // 4)]

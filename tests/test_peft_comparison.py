@@ -18,18 +18,20 @@ SCRIPT = ROOT / "examples" / "benchmarks" / "peft_comparison.py"
 
 
 @pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinPipeline"), reason="needs Diffusers 0.37")
-def test_the_configs_of_the_page_train_what_it_says(tmp_path):
+@pytest.mark.parametrize("experiment", ["default", "new-biases"])
+def test_the_configs_of_the_page_train_what_it_says(tmp_path, experiment):
     """At full size, on the meta device, through PEFT's own reading of `adapter_config.json`."""
-    files = dict(re.findall(r"cat > \S+/(\w+\.json) <<'END'\n(.+)\nEND", PAGE))
+    files = dict(re.findall(r"cat > experiments/difffit/flux2-klein-(\S+) <<'END'\n(.+)\nEND", PAGE))
     shape = json.loads(re.search(r"```json\n(.+)\n```", PAGE)[1])
-    (tmp_path / "adapter_config.json").write_text(files["adapter_config.json"])
+    (tmp_path / "adapter_config.json").write_text(files[f"{experiment}/adapter_config.json"])
     with torch.device("meta"):
         base = getattr(diffusers, shape.pop("_class_name"))(**shape)
         model = get_peft_model(base, PeftConfig.from_pretrained(tmp_path))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
-    assert f"| **difffit/flux2-klein-default** | {count:,} |" in PAGE and f"**{count:,}**" in PAGE
-    torch.optim.AdamW(trained, **json.loads(files["training_params.json"])["optimizer_kwargs"])
+    assert f"| **difffit/flux2-klein-{experiment}** | {count:,} |" in PAGE
+    assert (f"**{count:,}**" if experiment == "default" else f"{count:,} parameters in all") in PAGE
+    torch.optim.AdamW(trained, **json.loads(files["$name/training_params.json"])["optimizer_kwargs"])
 
 
 def result(name: str, similarity: float, drift: float, **train) -> dict:

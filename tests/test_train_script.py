@@ -149,10 +149,10 @@ def test_starts_from_the_bases_rows_when_the_labels_agree(script, workdir, capsy
     pipe.register_to_config(id2label={0: "ant", 1: "bee, honeybee", 2: "cow", 3: "dog"})
     pipe.save_pretrained(workdir / "labelled")
     flags = ("--num_validation_images", "0", "--max_train_steps", "1", "--background", "#010203")
-    flags += ("--r", "1", "--gamma_modules")
+    flags += ("--new_biases", "--r", "1", "--gamma_modules")
     result = run(script, workdir, "same", *flags, base="labelled")
     config = PeftModel.from_pretrained(pipe.transformer, result.output_dir).peft_config["default"]
-    assert config.init_class_rows == "base" and config.background == "#010203"
+    assert config.init_class_rows == "base" and config.background == "#010203" and config.new_biases
     printed = capsys.readouterr().out
     assert printed.index("12 images in 3 classes: ant 4, bee 4, cow 4") < printed.index("base's own rows")
     # console, summary and card count alike
@@ -311,6 +311,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
         (["--no-random_flip"], "random_flip was True and is False"),
         (["--gamma_modules", "attn1.to_q"], r"gamma_modules was \['attn1.to_k', .* and is \['attn1.to_q'\]"),
         (["--r", "1"], "r was 0 and is 1"),
+        (["--new_biases"], "new_biases was False and is True"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a checkpoint"),
     ],
 )

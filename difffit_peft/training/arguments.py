@@ -84,6 +84,12 @@ def add_difffit_arguments(group: argparse._ArgumentGroup) -> None:
         help="rank of a change of the weights, which the paper does not have; 1, and --gamma_modules with nothing "
         "after it, is within the paper's number of parameters",
     )
+    group.add_argument(
+        "--new_biases",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also biases on layers that have none, which newer transformers have few of; the paper has no such biases",
+    )
 
 
 def add_training_arguments(group: argparse._ArgumentGroup) -> None:

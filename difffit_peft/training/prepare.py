@@ -127,13 +127,18 @@ def make_optimizer(parameters: list[torch.nn.Parameter], args: argparse.Namespac
 
 def identity_of(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
     """What a run must keep to be resumed, whatever its data: the base, before it is adapted, and the settings."""
-    of_run = {"base": fingerprint(model), "processes": accelerator.num_processes, "r": args.r}
-    return of_run | {name: getattr(args, name) for name in SETTINGS}
+    of_run = {"base": fingerprint(model), "processes": accelerator.num_processes}
+    return of_run | {name: getattr(args, name) for name in ("r", "new_biases", *SETTINGS)}
 
 
-def attach(model: nn.Module, config: DiffFitConfig, args: argparse.Namespace) -> PeftModel:
-    """A `PeftModel` with a new adapter, the same one for the same seed."""
+def attach(model: nn.Module, args: argparse.Namespace, **of_task: Any) -> PeftModel:
+    """A `PeftModel` with a new adapter, the same one for the same seed.
+
+    Its config is what `args` say of DiffFit, with `of_task`.
+    """
     set_seed(args.seed)
+    given = ("gamma_modules", "gamma_layers", "r", "new_biases", "background")
+    config = DiffFitConfig(**{name: getattr(args, name) for name in given}, **of_task)
     if args.guidance_loss_scale != 1:
         config.trained_guidance_scale = args.guidance_loss_scale
     if args.gradient_checkpointing:
