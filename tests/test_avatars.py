@@ -1,17 +1,24 @@
 """Avatars are drawn alike everywhere, and the bundled domains are what examples/avatars/README.md says they are."""
 
 import json
+import re
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
+import torch
 from datasets import load_dataset
 
 pytest.importorskip("dicebear", reason="the avatars' packages are installed for the newest versions alone")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples/avatars"))
+import text_to_image  # noqa: E402
 from render import BASE, BUNDLED, DOMAINS, HERE, draw, pictures  # noqa: E402
+
+from difffit_peft.training.text_to_image import PixArt  # noqa: E402
 
 
 @pytest.mark.parametrize("domain", BUNDLED)
@@ -48,3 +55,35 @@ def test_licences_of_all_styles():
     for style in {*BASE, *new}:
         meta = json.loads(files("dicebear_styles").joinpath(f"{style}.json").read_text("utf-8"))["meta"]
         assert meta["license"]["name"] in ("CC0 1.0", "CC BY 4.0", "MIT")
+
+
+def test_captions_say_what_is_drawn():
+    """Hair has the colour that is named, and glasses are worn where the caption has them."""
+    for i in range(5):
+        picture, caption = text_to_image.portrait(f"test-{i}", "lorelei", ["glasses"], ["red", "green"])
+        colour, worn = re.fullmatch(r"a person with (red|green) hair( and glasses)?, style lorelei", caption).groups()
+        hair = {name: [*bytes.fromhex(text_to_image.HAIR[name])] for name in ("red", "green")}
+        assert [name for name in hair if (picture == hair[name]).all(-1).any()] == [colour]
+        bare = draw(f"test-{i}", "lorelei", hairColor=[text_to_image.HAIR[colour]], glassesProbability=0)
+        assert np.array_equal(picture, bare) == (worn is None)
+
+
+def test_a_folder_with_captions(tmp_path):
+    text_to_image.write_images(SimpleNamespace(output_dir=tmp_path / "new", count=2))
+    rows = [json.loads(line) for line in (tmp_path / "new" / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        picture, caption = text_to_image.portrait(
+            f"train-{i}", text_to_image.NEW, text_to_image.NEW_WEARS, text_to_image.NEW_HAIR
+        )
+        assert row == {"file_name": f"{i:03}.png", "text": caption}
+        assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "new" / row["file_name"])), picture)
+    assert len(rows) == 2
+
+
+def test_the_text_encoder_tells_words_apart_and_spells_others():
+    captions = ["a person with red hair, style big-smile", "a person with blue hair and glasses, style lorelei"]
+    pipe = text_to_image.new_pipeline(captions)
+    tokens = pipe.tokenizer.tokenize("a person with blue hair, style micah")
+    assert tokens == ["▁a", "▁person", "▁with", "▁blue", "▁hair", ",", "▁style", "▁", *"micah"]
+    red, blue = (PixArt(pipe).encode(f"a person with {colour} hair")["prompt_embeds"][3] for colour in ("red", "blue"))
+    assert torch.cosine_similarity(red, blue, dim=0) < 0.5
