@@ -2,14 +2,14 @@
 
     pip install -e ".[avatars]"
     python examples/avatars/text_to_image.py base --output_dir runs/avatars/pixart
-    python examples/avatars/text_to_image.py images --output_dir runs/avatars/micah
+    python examples/avatars/text_to_image.py images --output_dir runs/avatars/zombies
     python examples/train_text_to_image.py --pretrained_model_name_or_path runs/avatars/pixart ...
     python examples/avatars/text_to_image.py picture --base runs/avatars/pixart --adapter my_adapter --output it.png
 
 Captions are such as "a person with red hair and glasses, style lorelei". `base` writes a `PixArtAlphaPipeline`: with
 the VAE of the bundled base, and a random T5 of one layer as text encoder, which stays as it is. Its checkpoints and
 pictures on the way are in `--work_dir`: run it again and it goes on. `images` writes a folder of captioned pictures of
-a style that the base never saw. docs/text-to-image.md has the whole of it.
+zombies, which the base never saw. docs/text-to-image.md has the whole of it.
 """
 
 from __future__ import annotations
@@ -50,26 +50,40 @@ HAIR = {
     "purple": "6a2c9c",
 }
 STYLES = {"lorelei": ["glasses", "beard"], "miniavs": ["glasses"], "toon-head": ["beard"]}  # and what some wear
-NEW, NEW_WEARS, NEW_HAIR = "dylan", ["facialHair"], ["black", "brown", "blond", "red"]
-WORDS = {"glasses": "glasses", "beard": "a beard", "facialHair": "a beard"}
-SHOWN = ["red hair", "black hair and a beard", "green hair", "blue hair and a beard", "pink hair"]  # see NEW_HAIR
+ZOMBIE = {"skinColor": ["7fb069", "93c47d"], "backgroundColor": ["1f2a44", "3b2a4d"]}
+ZOMBIE_STYLE, ZOMBIE_HAIR = "miniavs", ["black", "brown", "blond", "red"]  # all that is shown in training
+WORDS = {"glasses": "glasses", "beard": "a beard"}
+SHOWN = [  # hair, what is worn, style
+    ("red", [], "miniavs"),
+    ("black", ["glasses"], "miniavs"),
+    ("blue", [], "miniavs"),
+    ("pink", ["glasses"], "miniavs"),
+    ("green", [], "toon-head"),
+]
 
 
-def portrait(seed: str, style: str, wears: list[str], hair: list[str]) -> tuple[np.ndarray, str]:
+def caption(who: str, colour: str, worn: list[str], style: str) -> str:
+    return f"a {who} with {' and '.join([f'{colour} hair', *(WORDS[thing] for thing in worn)])}, style {style}"
+
+
+def drawn(seed: str, who: str, colour: str, worn: list[str], style: str) -> np.ndarray:
+    options = {f"{thing}Probability": 100 * (thing in worn) for thing in STYLES[style]}
+    return draw(seed, style, hairColor=[HAIR[colour]], **options, **(ZOMBIE if who == "zombie" else {}))
+
+
+def portrait(seed: str, who: str, style: str, hair: list[str]) -> tuple[np.ndarray, str]:
     """A picture and its caption."""
     choose = random.Random(f"{style}-{seed}")
     colour = choose.choice(hair)
-    worn = [thing for thing in wears if choose.random() < 0.4]
-    options = {f"{thing}Probability": 100 * (thing in worn) for thing in wears}
-    words = " and ".join([f"{colour} hair", *(WORDS[thing] for thing in worn)])
-    return draw(seed, style, hairColor=[HAIR[colour]], **options), f"a person with {words}, style {style}"
+    worn = [thing for thing in STYLES[style] if choose.random() < 0.4]
+    return drawn(seed, who, colour, worn, style), caption(who, colour, worn, style)
 
 
-def portraits(count: int, style: str, wears: list[str], hair: list[str]) -> tuple[list[np.ndarray], list[str]]:
+def portraits(count: int, who: str, style: str, hair: list[str]) -> tuple[list[np.ndarray], list[str]]:
     seeds = [f"train-{i}" for i in range(count)]
     with ProcessPoolExecutor() as pool:
-        drawn = pool.map(portrait, seeds, [style] * count, [wears] * count, [hair] * count, chunksize=100)
-        pictures, captions = zip(*tqdm(drawn, desc=style, total=count, leave=False), strict=True)
+        made = pool.map(portrait, seeds, [who] * count, [style] * count, [hair] * count, chunksize=100)
+        pictures, captions = zip(*tqdm(made, desc=style, total=count, leave=False), strict=True)
     return list(pictures), list(captions)
 
 
@@ -119,8 +133,8 @@ def latents_of(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(HERE / "base" / "vae", dtype=torch.float32)
         latents, captions = [], []
-        for style, wears in STYLES.items():
-            pictures, of_style = portraits(args.pictures_per_style, style, wears, list(HAIR))
+        for style in STYLES:
+            pictures, of_style = portraits(args.pictures_per_style, "person", style, list(HAIR))
             latents.append(encode(vae, np.stack(pictures)))
             captions += of_style
         save({"latents": torch.cat(latents), "captions": captions}, path)
@@ -167,37 +181,35 @@ def train_base(args: argparse.Namespace) -> None:
             keep(checkpoint, step + 1, model=model, optimizer=optimizer, ema=ema, schedule=schedule)
             ema.store(model.parameters()), ema.copy_to(model.parameters())
             pipe.save_pretrained(args.output_dir)
-            images = sample(pipe, [f"a person with {hair} hair, style {style}" for style in STYLES for hair in HAIR])
+            images = sample(pipe, [caption("person", hair, [], style) for style in STYLES for hair in HAIR])
             make_image_grid(images, len(STYLES), len(HAIR)).save(args.work_dir / f"step-{step + 1:05d}.png")
             ema.restore(model.parameters())
 
 
 def write_images(args: argparse.Namespace) -> None:
-    """Pictures of the new style and `metadata.jsonl`, as `train_text_to_image.py` takes them."""
+    """Zombies and `metadata.jsonl`, as `train_text_to_image.py` takes them."""
     args.output_dir.mkdir(parents=True)
     lines = []
-    for i, (picture, caption) in enumerate(zip(*portraits(args.count, NEW, NEW_WEARS, NEW_HAIR), strict=True)):
+    made = portraits(args.count, "zombie", ZOMBIE_STYLE, ZOMBIE_HAIR)
+    for i, (picture, text) in enumerate(zip(*made, strict=True)):
         Image.fromarray(picture).save(args.output_dir / f"{i:03}.png")
-        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": caption}) + "\n")
+        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": text}) + "\n")
     (args.output_dir / "metadata.jsonl").write_text("".join(lines))
 
 
 def show(args: argparse.Namespace) -> None:
     """The base and the adapter at the same prompts and noise, and real pictures that were not trained on."""
     pipe = PixArtAlphaPipeline.from_pretrained(args.base)
-    prompts = [f"a person with {words}, style {NEW}" for words in SHOWN for _ in range(demo.SHOWN)]
+    prompts = [caption("zombie", *shown) for shown in SHOWN for _ in range(demo.SHOWN)]
     rows = {"base": sample(pipe, prompts)}
     difffit_peft.load_adapter(pipe, args.adapter)
     rows["DiffFit"] = sample(pipe, prompts)
-    rows["real"] = []
-    for words in SHOWN:
-        options = {f"{thing}Probability": 100 * (WORDS[thing] in words) for thing in NEW_WEARS}
-        hair = [HAIR[words.split()[0]]]
-        rows["real"] += [draw(f"test-{i}", NEW, hairColor=hair, **options) for i in range(demo.SHOWN)]
+    rows["real"] = [drawn(f"test-{i}", "zombie", *shown) for shown in SHOWN for i in range(demo.SHOWN)]
     pictures = {
         name: torch.from_numpy(np.stack([*map(np.asarray, row)])).permute(0, 3, 1, 2) for name, row in rows.items()
     }
-    demo.draw(pictures, SHOWN, args.output)
+    titles = [caption("zombie", *shown).removeprefix("a zombie with ").replace("style ", "") for shown in SHOWN]
+    demo.draw(pictures, titles, args.output)
 
 
 def main() -> None:
@@ -212,7 +224,7 @@ def main() -> None:
     base.add_argument("--learning_rate", type=float, default=1e-3)
     base.add_argument("--seed", type=int, default=0)
     base.set_defaults(command=train_base)
-    images = commands.add_parser("images", help="draws pictures of a style that the base never saw")
+    images = commands.add_parser("images", help="draws zombies, which the base never saw")
     images.add_argument("--output_dir", type=Path, required=True)
     images.add_argument("--count", type=int, default=120)
     images.set_defaults(command=write_images)
