@@ -3,11 +3,11 @@
     make demo
     .venv/bin/python examples/avatars/demo.py --domain near  # styles of faces that the base has never seen
 
-Trains an adapter with `examples/train_difffit.py`, loads it into a fresh stock `DiTPipeline`, and writes
-`demo/before_after.png`: for each new class the base's pictures of some seeds, the adapter's, and real ones. The base
-does not know the classes: it draws the style that a class is a variant of, and from whose row the class starts; where
-there is none, "anything" (the null class). Also measured: the Fréchet distance of both to pictures held out from
-training, and how many of the adapter's a classifier takes for their class.
+Trains an adapter with `examples/train_difffit.py`, loads it into a fresh pipeline, and writes `demo/before_after.png`:
+for each new class the base's pictures of some seeds, the adapter's, and real ones. The base does not know the classes:
+it draws the style that a class is a variant of, and from whose row the class starts; where there is none, "anything"
+(the null class). The adapter is guided by the base (`guidance="domain"`). Also measured: the Fréchet distance of both
+to pictures held out from training, and how many of the adapter's a classifier takes for their class.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from difffit_peft.files import write  # importing the package registers DiffFit with PEFT
+from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.files import write
 from difffit_peft.training.scripts import positive_int, run_script
-from diffusers import DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure
-from peft import PeftModel
 from render import BASE, DOMAINS
 from torch import Tensor
 
@@ -126,15 +126,15 @@ def main() -> None:
     known = real([(style, {}) for style in BASE], CLASSIFIED, "train", cache)
     held_out, other = (real(new, HELD_OUT, split, cache) for split in ("test", "other"))
 
-    pipe = DiTPipeline.from_pretrained(args.base, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    pipe = DiffFitDiTPipeline.from_pretrained(args.base, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
     how = (args.guidance_scale, args.num_inference_steps)
     like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
     before = sample(pipe, [like[label] for label in labels], *how, "Sampling the base")
-    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)
-    after = sample(pipe, labels, *how, "Sampling the adapted model")
+    pipe.load_difffit_weights(adapter)
+    after = sample(pipe, labels, *how, "Sampling the adapted model", guidance="domain")
 
     picture = args.output_dir / "before_after.png"
     shown = [label * HELD_OUT + seed for label in range(len(new)) for seed in range(SHOWN)]

@@ -83,18 +83,20 @@ BASE = [
 
 # What the base is adapted to: for each domain its classes, each a style and the options that narrow it.
 DOMAINS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "inside": {  # new combinations of what the base knows
+    "inside": {  # new combinations of what the base knows, in styles that it draws well
         "red curls and glasses": (
-            "adventurer",
-            {
-                "hairVariant": ["long06", "long17", "long18", "long22", "long24", "short03", "short17", "short18"],
-                "hairColor": ["cb6820", "ab2a18"],
-                "glassesProbability": 100,
-            },
+            "miniavs",
+            {"hairVariant": ["curly"], "hairColor": ["c1301c", "e0561b"], "glassesProbability": 100},
         ),
-        "hats, beards and glasses": (
-            "pixel-art",
-            {"hatProbability": 100, "beardProbability": 100, "glassesProbability": 100},
+        "zombies": ("voxel-art", {"skinColor": ["7fb069", "93c47d"], "backgroundColor": ["1f2a44", "3b2a4d"]}),
+        "vikings": (
+            "toon-head",
+            {
+                "hairColor": ["b5401b", "d98b2b"],
+                "rearHairProbability": 100,
+                "beardProbability": 100,
+                "beardVariant": ["fullBeard", "longBeard"],
+            },
         ),
         "landscape at dusk": (
             "landscape",
@@ -107,7 +109,6 @@ DOMAINS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
                 "hill4Color": ["ff8fb1"],
             },
         ),
-        "pink thumbs": ("thumbs", {"backgroundColor": ["1b4332"], "shapeColor": ["ff70a6", "ff9770"]}),
     },
     "near": {style: (style, {}) for style in ("big-ears", "dylan", "marbles", "micah", "moods", "personas")},  # faces
     "middle": {style: (style, {}) for style in ("patchwork", "planets", "sprouts", "voxel-bot")},
