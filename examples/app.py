@@ -65,15 +65,14 @@ class Studio:
         return [*names.values()] or [str(i) for i in range(self.pipe.transformer.config.num_embeds_ada_norm)]
 
     def draw(self, scales: dict[str, float], label: str, seed: int, count: int, **how: Any) -> list[PIL.Image.Image]:
-        """Two grids of `count` pictures: the base's, of the class if it has it, or else of any, and the adapters'."""
+        """Two grids of `count` pictures: the base's, of the class that `_like` says, and the adapters'."""
         seeds = range(seed, seed + count)
         device = self.pipe.device
         with self._one_at_a_time:
             grids = []
             for shown in ({}, scales):
                 self._set(shown)
-                known = shown is scales or label in self.pipe.id2label.values()
-                given = label if known else self.pipe.transformer.config.num_embeds_ada_norm
+                given = label if shown is scales else self._like(label, scales)
                 generator = [torch.Generator(device).manual_seed(s) for s in seeds]
                 images = self.pipe([given] * count, generator=generator, **how).images
                 side = max(1, -(-SHOWN_SIDE // images[0].width)) * images[0].width
@@ -103,6 +102,16 @@ class Studio:
                 f"images = pipe([{label!r}] * {count}, generator=generator, {options}).images",
             ]
         )
+
+    def _like(self, label: str, scales: dict[str, float]) -> int | str:
+        """The base's class: the same, the one that an adapter's class started from, or else the null class: any."""
+        if label in self.pipe.id2label.values():
+            return label
+        for config in (self.pipe.transformer.peft_config[name] for name in scales):
+            names = [*(config.id2label or {}).values()]
+            if label in names and isinstance(config.init_class_rows, list):
+                return config.init_class_rows[names.index(label)]
+        return self.pipe.transformer.config.num_embeds_ada_norm
 
     def _set(self, scales: dict[str, float]) -> None:
         if scales:

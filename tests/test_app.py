@@ -36,8 +36,8 @@ def folder(tmp_path_factory):
     pipe = make_pipeline()
     pipe.register_to_config(id2label={0: "tench", 1: "goldfish"})
     pipe.save_pretrained(folder / "base")
-    for seed, (name, labels) in enumerate({"fox": ["fox", "owl"], "art": ["owl", "ink"]}.items()):
-        save_adapter(folder / name, seed, id2label=dict(enumerate(labels)))
+    save_adapter(folder / "fox", 0, id2label={0: "fox", 1: "owl"}, init_class_rows=[1, 0])
+    save_adapter(folder / "art", 1, id2label={0: "owl", 1: "ink"})
     return folder
 
 
@@ -97,14 +97,24 @@ def draw(page, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
     return picture(page, "base"), picture(page, "adapted"), "\n".join(page.locator("#code .cm-line").all_inner_texts())
 
 
-def test_the_code_on_the_page_draws_the_picture_beside_it(page):
-    page.get_by_role("radio", name="domain").check()
-    _, adapted, code = draw(page)
+def assert_draws(code: str, grid: np.ndarray) -> None:
     names = {}
     exec(code, names)
     for i, image in enumerate(names["images"]):
         top, left = (i // 2) * SIDE, (i % 2) * SIDE
-        assert np.array_equal(np.asarray(image), adapted[top : top + SIDE : 10, left : left + SIDE : 10])
+        assert np.array_equal(np.asarray(image), grid[top : top + SIDE : 10, left : left + SIDE : 10])
+
+
+def test_the_code_on_the_page_draws_the_picture_beside_it(page):
+    page.get_by_role("radio", name="domain").check()
+    _, adapted, code = draw(page)
+    assert_draws(code, adapted)
+
+
+def test_the_base_draws_the_class_that_the_new_one_started_from(page):
+    base, _, code = draw(page)
+    lines = [line for line in code.splitlines() if "load_difffit_weights" not in line and "set_adapters" not in line]
+    assert_draws("\n".join(lines).replace("'fox'", "'goldfish'"), base)
 
 
 def test_at_scale_0_the_adapter_has_no_effect(page):
