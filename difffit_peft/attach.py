@@ -15,10 +15,10 @@ from .base_layers import is_supported, takes_bias
 from .class_rows import DiffFitEmbedding
 from .config import COMPONENTS, FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
+from .guards import check_not_fused, guard_verbs, unguard_verbs
 from .layer import DiffFitLayer
 from .norms import is_norm
 from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters, is_of_parameter
-from .projections import check_not_fused, guard_projections, unguard_projections
 from .publishing import base_model_id
 from .targets import Layer, Target, plan, spelled_out
 
@@ -36,7 +36,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
     family = family_of(model, config.format_version)
     facts = _facts_of_base(config, model, family, adapters)
     check_not_fused(model)
-    undo = [guard_projections(model), family.prepare(model), attach_parameters(model)]
+    undo = [guard_verbs(model), family.prepare(model), attach_parameters(model)]
     try:
         layers = named_layers(model, family)
         planned = plan(config, layers, family, type(model).__name__, saved_whole(config, model, layers))
@@ -56,7 +56,7 @@ def prepare(config: DiffFitConfig, model: nn.Module, adapters: dict[str, PeftCon
 def restore(model: nn.Module, merged: bool) -> None:
     """Undoes `prepare` when the adapters are gone or, if `merged`, are part of the weights."""
     detach_parameters(model.modules())
-    unguard_projections(model.modules())
+    unguard_verbs(model.modules())
     family_of(model).restore(model, merged=merged)
 
 

@@ -1,4 +1,4 @@
-"""Diffusers' `fuse_qkv_projections()`: refused while a model has adapters, and a fused model refuses an adapter."""
+"""Verbs of Diffusers that a model with adapters refuses: `fuse_qkv_projections()` and `save_lora_adapter()`."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from conftest import CLOSE, randomise
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from family_checks import output
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import TINY
 
 import difffit_peft
@@ -94,3 +94,17 @@ def test_of_a_pipeline(tmp_path):
         pipe.fuse_qkv_projections(vae=False)
     difffit_peft.unload_adapters(pipe)
     pipe.fuse_qkv_projections(vae=False)
+
+
+def test_a_file_of_lora_is_for_lora(tmp_path):
+    model = TINY["Flux.1"].make()
+    model.add_adapter(DiffFitConfig(), "x")
+    with pytest.raises(ValueError, match="'x' is an adapter of DiffFit.*save_adapter"):
+        model.save_lora_adapter(tmp_path / "x", adapter_name="x")
+    with pytest.raises(ValueError, match="default not found"):  # Diffusers' own
+        model.save_lora_adapter(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    model.delete_adapters("x")
+    model.add_adapter(LoraConfig(target_modules=["to_q"]), "lora")
+    model.save_lora_adapter(tmp_path / "lora", adapter_name="lora")
+    assert any((tmp_path / "lora").iterdir())
