@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .low_precision import LowPrecisionLinear
+
 
 def is_quantised(layer: nn.Module) -> bool:
     """Whether the layer's weight is not a plain floating point tensor: quantised, or sharded."""
@@ -29,7 +31,7 @@ def row_scales(layer: nn.Module) -> dict[str, Tensor]:
         return {"_scale": weight._scale}
     if kind == "WeightQBitsTensor" and weight.axis == 0 and weight._shift.is_floating_point():  # q · scale - shift
         return {"_scale": weight._scale, "_shift": weight._shift}
-    if type(layer).__name__ == "LowPrecisionLinear":  # q · scale
+    if isinstance(layer, LowPrecisionLinear):  # q · scale
         return {"scale": layer.scale}
     if type(layer).__name__ == "Linear8bitLt":  # q · SCB / 127; the first forward moves SCB to the layer's state
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB

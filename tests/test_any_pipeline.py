@@ -412,10 +412,9 @@ ALONE = {
 
 @pytest.mark.parametrize("family", ALONE)
 def test_a_pipeline_of_each_other_family(family, tmp_path):
-    try:
-        cls = getattr(diffusers, ALONE[family])
-    except RuntimeError as error:  # Diffusers 0.36 imports a tokenizer that Transformers 5 does not have
-        pytest.skip(str(error))
+    if family == "HunyuanDiT" and diffusers.__version__.startswith("0.36."):
+        pytest.skip("Diffusers 0.36 imports a tokenizer for it that Transformers 5 does not have.")
+    cls = getattr(diffusers, ALONE[family])
     inputs, model = TINY[family].inputs(), TINY[family].make()
     part = "unet" if family == "SDXL" else "transformer"
     names = [n for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty and n != "self"]

@@ -34,9 +34,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from render import draw
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from train_base import HERE, draw_timesteps, encode, keep, resumed, save
+from train_base import HERE, draw_timesteps, encode, keep, learn, resumed, save, warm_up_hold_and_fall
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 HAIR = {
@@ -156,7 +155,7 @@ def train_base(args: argparse.Namespace) -> None:
     objective = family.objective(noising(pipe.scheduler, snr_gamma=5), prompts, texts.index(""), 0.1)
     adam = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, **adam)
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 300, 1, max(0.01, 4 * (1 - step / args.steps))))
+    schedule = warm_up_hold_and_fall(optimizer, args.steps)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     checkpoint = args.work_dir / "pixart.pt"
     step = resumed(checkpoint, model=model, optimizer=optimizer, ema=ema, schedule=schedule)
@@ -171,9 +170,7 @@ def train_base(args: argparse.Namespace) -> None:
         dropped = torch.rand(len(rows), generator=generator) < objective.dropout
         draws = Draws(torch.zeros_like(rows), torch.zeros_like(noise), noise, timesteps, dropped)
         loss = objective.losses(model, draws, x_0, objective.drop(draws, labels[rows])).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        learn(loss, model, optimizer, schedule)
         ema.step(model.parameters())
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}")

@@ -110,9 +110,7 @@ def train_vae(styles: list[np.ndarray], args: argparse.Namespace) -> Autoencoder
         mse = F.mse_loss(decoded, batch)
         small, small_batch = vae.decode(F.avg_pool2d(latent[::2], 2)).sample, F.avg_pool2d(batch[::2], 2)
         loss = F.l1_loss(decoded, batch) + mse + 0.5 * (F.l1_loss(small, small_batch) + F.mse_loss(small, small_batch))
-        (loss + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        learn(loss + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel(), vae, optimizer, schedule)
         psnr = -10 * torch.log10(mse.detach() / 4).item()
         average = psnr if average is None else 0.98 * average + 0.02 * psnr
         bar.set_postfix(psnr=f"{average:.1f} dB")
@@ -215,15 +213,24 @@ def refine_decoder(vae: AutoencoderKL, styles: list[np.ndarray], args: argparse.
             latent = vae.encode(batch).latent_dist.mean
         decoded = vae.decode(latent + 0.03 * torch.randn(latent.shape, generator=generator)).sample
         mse = F.mse_loss(decoded, batch)
-        (F.l1_loss(decoded, batch) + 2 * mse).backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        learn(F.l1_loss(decoded, batch) + 2 * mse, decoder, optimizer, schedule)
         psnr = -10 * torch.log10(mse.detach() / 4).item()
         average = psnr if average is None else 0.98 * average + 0.02 * psnr
         bar.set_postfix(psnr=f"{average:.1f} dB")
         if (step + 1) % 100 == 0 or step + 1 == args.decoder_steps:
             keep(checkpoint, step + 1, model=decoder, optimizer=optimizer, schedule=schedule)
     decoder.requires_grad_(False)
+
+
+def warm_up_hold_and_fall(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Falls to 1 % over the last quarter: the number of steps may be changed until then."""
+    return LambdaLR(optimizer, lambda step: min((step + 1) / 300, 1, max(0.01, 4 * (1 - step / steps))))
+
+
+def learn(loss: Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step(), schedule.step(), optimizer.zero_grad()
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
@@ -244,8 +251,7 @@ def train_dit(
     dit = new_dit()
     initialise(dit)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    # warm up, hold, and fall to 1 % over the last quarter: --dit_steps may be changed until then
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 300, 1, max(0.01, 4 * (1 - step / args.dit_steps))))
+    schedule = warm_up_hold_and_fall(optimizer, args.dit_steps)
     ema = EMAModel(dit.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     checkpoint = args.work_dir / "dit.pt"
     step = resumed(checkpoint, model=dit, optimizer=optimizer, ema=ema, schedule=schedule)
@@ -262,9 +268,7 @@ def train_dit(
         y = torch.where(torch.rand(y.shape, generator=generator) < 0.1, NULL_CLASS, y)
         output = dit(scheduler.add_noise(x_0, noise, timesteps), timestep=timesteps, class_labels=y).sample
         loss = diffusion_loss(output, x_0, noise, timesteps, scheduler, snr_gamma=5).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        learn(loss, dit, optimizer, schedule)
         ema.step(dit.parameters())
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}")
