@@ -6,23 +6,18 @@ import os
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from typing_extensions import Unpack
 
 from .config import DiffFitConfig
 from .layer import DiffFitLayer
-from .reading import adapter_folder, read_adapter
+from .reading import HubOptions, adapter_folder, read_adapter
 
 
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | os.PathLike,
     adapter_name: str = "default",
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> None:
     """Puts the values of a saved adapter in the place of those of a loaded one, which keeps its name and scale.
 
@@ -50,16 +45,7 @@ def hotswap_adapter(
     old = model.peft_config[adapter_name]
     if not isinstance(old, DiffFitConfig):
         raise ValueError(f"Only DiffFit adapters can be swapped here, but {adapter_name!r} is of {old.peft_type}.")
-    folder = adapter_folder(
-        model_name_or_path,
-        subfolder,
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
-    new, weights = read_adapter(folder)
+    new, weights = read_adapter(adapter_folder(model_name_or_path, **hub))
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     facts = old.base_config or {}
     if all(name in facts and facts[name] == value for name, value in (new.base_config or {}).items()):

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from peft import PeftModel
+from typing_extensions import Unpack
 
 from . import publishing
 from .components import (
@@ -29,7 +30,7 @@ from .components import (
 from .config import plain, short
 from .hotswap import hotswap_adapter
 from .merging import check_names
-from .reading import adapter_folder, read_adapter
+from .reading import HubOptions, adapter_folder, read_adapter
 
 
 def load_adapter(
@@ -39,12 +40,7 @@ def load_adapter(
     hotswap: bool = False,
     *,
     component: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> None:
     """Loads an adapter into a pipeline and makes it the active one.
 
@@ -78,15 +74,7 @@ def load_adapter(
         check_free(pipe, adapter_name, own[0])
     _refuse_fused(pipe)
     swapped = _one_model(pipe, str(adapter_name), component) if hotswap else None
-    folder = adapter_folder(
-        pretrained_model_name_or_path,
-        subfolder,
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
+    folder = adapter_folder(pretrained_model_name_or_path, **hub)
     if swapped is None:
         attach(pipe, *read_adapter(folder), adapter_name, component)
     else:
@@ -167,9 +155,7 @@ def disable_adapters(pipe: Any) -> None:
     Raises:
         ValueError: if adapters are fused, or there is none.
     """
-    adapted = _adapted(pipe)
-    _refuse_fused(pipe)
-    for model in adapted.values():
+    for model in _unfused(pipe):
         model.base_model.disable_adapter_layers()
 
 
@@ -179,9 +165,7 @@ def enable_adapters(pipe: Any) -> None:
     Raises:
         ValueError: if adapters are fused, or there is none.
     """
-    adapted = _adapted(pipe)
-    _refuse_fused(pipe)
-    for model in adapted.values():
+    for model in _unfused(pipe):
         activate(model, model.base_model.active_adapters)
 
 
@@ -301,6 +285,12 @@ def _adapted(pipe: Any) -> dict[str, PeftModel]:
             "first."
         )
     return adapted
+
+
+def _unfused(pipe: Any) -> list[PeftModel]:
+    adapted = _adapted(pipe)
+    _refuse_fused(pipe)
+    return [*adapted.values()]
 
 
 def _refuse_fused(pipe: Any) -> None:

@@ -70,17 +70,11 @@ class DiffFitMixedModel(PlacedModules, MixedModel):
                 safe_merge,
             )
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, **how: Any) -> nn.Module:
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)
+            self.merge_adapter(how.get("adapter_names"), how.get("safe_merge", False))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
-            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, **how)
         restore(model, merged=merge)
         return model

@@ -106,18 +106,12 @@ class DiffFitLoaderMixin:
     of `difffit_peft` that take any pipeline.
     """
 
-    load_difffit_weights = loader.load_adapter
-    set_adapters = loader.set_adapters
-    get_active_adapters = loader.get_active_adapters
-    get_list_adapters = loader.get_list_adapters
-    delete_adapters = loader.delete_adapters
-    unload_difffit_weights = loader.unload_adapters
-    disable_difffit = loader.disable_adapters
-    enable_difffit = loader.enable_adapters
-    fuse_difffit = loader.fuse_adapters
-    unfuse_difffit = loader.unfuse_adapters
-    save_difffit_weights = loader.save_adapter
-    push_difffit_to_hub = loader.push_adapter
+    load_difffit_weights, unload_difffit_weights = loader.load_adapter, loader.unload_adapters
+    set_adapters, delete_adapters = loader.set_adapters, loader.delete_adapters
+    get_active_adapters, get_list_adapters = loader.get_active_adapters, loader.get_list_adapters
+    enable_difffit, disable_difffit = loader.enable_adapters, loader.disable_adapters
+    fuse_difffit, unfuse_difffit = loader.fuse_adapters, loader.unfuse_adapters
+    save_difffit_weights, push_difffit_to_hub = loader.save_adapter, loader.push_adapter
     save_pretrained = save_pipeline
 
     @classmethod

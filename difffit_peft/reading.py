@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -27,6 +28,17 @@ HUB_CACHE = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>
 _MAX_CONFIG_BYTES = 2**20
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,255}")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class HubOptions(TypedDict, total=False):
+    """Keyword arguments: where on the Hub an adapter is, and how it is downloaded."""
+
+    subfolder: str | None
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | os.PathLike | None
+    local_files_only: bool
+    force_download: bool
 
 
 def is_repo_id(name: Any) -> bool:
@@ -97,9 +109,11 @@ def adapter_folder(
         hub: `token`, `cache_dir` and so on, as for `hf_hub_download`.
 
     Raises:
+        TypeError: for an option that `hf_hub_download` does not have.
         ValueError: if there is no adapter at `path`.
         HfHubHTTPError: if the Hub does not give it.
     """
+    inspect.signature(hf_hub_download).bind(path, CONFIG_NAME, **hub)  # a folder, too, is refused with another option
     local = local_path(path, revision)
     if local is not None:
         folder = local.parent if local.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) and local.is_file() else local

@@ -6,6 +6,7 @@ data = load_labelled_images(train_data_dir="my_images", max_classes=10)
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -62,14 +63,12 @@ def load_labelled_images(
     dataset_name: str | None = None,
     train_data_dir: str | os.PathLike | None = None,
     *,
-    dataset_config_name: str | None = None,
-    split: str = "train",
     image_column: str = "image",
     label_column: str = "label",
     max_classes: int | None = None,
     max_samples: int | None = None,
     seed: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    **source: Any,
 ) -> LabelledImages:
     """Loads images and labels through `datasets`, without decoding the images.
 
@@ -78,21 +77,20 @@ def load_labelled_images(
         train_data_dir: a folder with one folder of images per class (or `<split>/` with such folders in it), a folder
             with a metadata file as `datasets` reads it, a folder of parquet files, or one parquet file. Links are
             followed. What is left out of a folder is logged.
-        dataset_config_name: the configuration of the dataset on the Hub.
-        split: which split to load.
         image_column: column of images.
         label_column: column of class labels: a `ClassLabel`, strings (classes in sorted order), or integers from 0,
             which are the classes' indices (and names).
         max_classes: most classes the model can hold; `None`: any number, but integers below 100,000.
         max_samples: take only so many images, drawn with `seed`.
         seed: of the draw of `max_samples`.
-        cache_dir: where `datasets` keeps its files; `None`: its default.
+        source: `split`, by default "train"; `dataset_config_name`, the configuration of the dataset on the Hub;
+            `cache_dir`, where `datasets` keeps its files, if not in its own folder.
 
     Raises:
         ValueError: if there is nothing to load, a column is missing or of the wrong type, a label is missing or out
             of range, or there are more than `max_classes` classes.
     """
-    table = _load(dataset_name, train_data_dir, dataset_config_name, split, cache_dir)
+    table = _load(dataset_name, train_data_dir, **source)
     _check_columns(table, image_column=image_column, label_column=label_column)
     images = _undecoded(table, image_column)
     labels, class_names = _labels(table, label_column, max_classes)
@@ -108,26 +106,28 @@ def load_labelled_images(
 
 
 def load_captioned_images(
-    dataset_name: str | None = None,
-    train_data_dir: str | os.PathLike | None = None,
     *,
-    dataset_config_name: str | None = None,
-    split: str = "train",
     image_column: str = "image",
     caption_column: str = "text",
     max_samples: int | None = None,
     seed: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    **source: Any,
 ) -> LabelledImages:
     """Images with captions: each caption is a class of its own, so `class_names` are the captions, each once.
 
-    Args as for `load_labelled_images`, but a folder of images needs a metadata file, `metadata.csv` or
-    `metadata.jsonl`, with a column of captions beside `file_name`.
+    Args:
+        image_column: column of images.
+        caption_column: column of texts.
+        max_samples: take only so many images, drawn with `seed`.
+        seed: of the draw of `max_samples`.
+        source: `dataset_name`, `train_data_dir`, `split`, `dataset_config_name` and `cache_dir`, as for
+            `load_labelled_images`. A folder of images needs a metadata file, `metadata.csv` or `metadata.jsonl`, with a
+            column of captions beside `file_name`.
 
     Raises:
         ValueError: as `load_labelled_images` does, and if the column holds anything but text.
     """
-    table = _load(dataset_name, train_data_dir, dataset_config_name, split, cache_dir, captioned=True)
+    table = _load(**source, captioned=True)
     _check_columns(table, image_column=image_column, caption_column=caption_column)
     feature = table.features[caption_column]
     if not isinstance(feature, Value) or feature.dtype not in _STRINGS:
@@ -151,11 +151,11 @@ def load_captioned_images(
 
 
 def _load(
-    dataset_name: str | None,
-    train_data_dir: str | os.PathLike | None,
-    dataset_config_name: str | None,
-    split: str,
-    cache_dir: str | os.PathLike | None,
+    dataset_name: str | None = None,
+    train_data_dir: str | os.PathLike | None = None,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | os.PathLike | None = None,
     captioned: bool = False,
 ) -> Table:
     if (dataset_name is None) == (train_data_dir is None):

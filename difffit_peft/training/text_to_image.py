@@ -53,8 +53,11 @@ class TextToImage:
 
     def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
         """What the model gives, in the shape of `x_t`, perhaps with the channels of its variance."""
-        given = stacked(prompts, x_t.device)
-        return model(x_t, timesteps, encoder_hidden_states=given["prompt_embeds"], return_dict=False)[0]
+        return model(**self.inputs(x_t, timesteps, stacked(prompts, x_t.device)), return_dict=False)[0]
+
+    def inputs(self, x_t: Tensor, timesteps: Tensor, given: Embeddings) -> dict[str, Any]:
+        """The model's arguments; `given` are the embeddings of a prompt for each sample."""
+        return {"sample": x_t, "timestep": timesteps, "encoder_hidden_states": given["prompt_embeds"]}
 
     def distilled_guidance(self, batch: int, device: torch.device) -> Tensor | None:
         """The guidance that a guidance-distilled model is told: what its pipeline tells it by default."""
@@ -161,52 +164,49 @@ class StableDiffusion(TextToImage):
 class PixArt(TextToImage):
     embeddings = {"prompt_embeds": 0, "prompt_attention_mask": 1}
 
-    def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
-        given, size = stacked(prompts, x_t.device), None
+    def inputs(self, x_t: Tensor, timesteps: Tensor, given: Embeddings) -> dict[str, Any]:
+        size = None
         if self.model.use_additional_conditions:
             size = [side * self.pipe.vae_scale_factor for side in x_t.shape[-2:]]
-        return model(
-            x_t,
-            encoder_hidden_states=given["prompt_embeds"],
-            encoder_attention_mask=given["prompt_attention_mask"],
-            timestep=timesteps,
-            added_cond_kwargs={
+        return {
+            "hidden_states": x_t,
+            "encoder_hidden_states": given["prompt_embeds"],
+            "encoder_attention_mask": given["prompt_attention_mask"],
+            "timestep": timesteps,
+            "added_cond_kwargs": {
                 "resolution": None if size is None else x_t.new_tensor(size).repeat(len(x_t), 1),
                 "aspect_ratio": None if size is None else x_t.new_tensor([size[0] / size[1]]).repeat(len(x_t), 1),
             },
-            return_dict=False,
-        )[0]
+        }
 
 
 class StableDiffusion3(TextToImage):
     embeddings = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
 
-    def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
-        given = stacked(prompts, x_t.device)
-        return model(
-            hidden_states=x_t,
-            timestep=timesteps,
-            encoder_hidden_states=given["prompt_embeds"],
-            pooled_projections=given["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
+    def inputs(self, x_t: Tensor, timesteps: Tensor, given: Embeddings) -> dict[str, Any]:
+        return {
+            "hidden_states": x_t,
+            "timestep": timesteps,
+            "encoder_hidden_states": given["prompt_embeds"],
+            "pooled_projections": given["pooled_prompt_embeds"],
+        }
 
 
 class Flux2(TextToImage):
     embeddings = {"prompt_embeds": 0, "text_ids": 1}
 
+    def inputs(self, x_t: Tensor, timesteps: Tensor, given: Embeddings) -> dict[str, Any]:
+        return {
+            "hidden_states": self.pipe._pack_latents(x_t),
+            "timestep": timesteps / self.pipe.scheduler.config.num_train_timesteps,
+            "guidance": self.distilled_guidance(len(x_t), x_t.device),
+            "encoder_hidden_states": given["prompt_embeds"],
+            "txt_ids": given["text_ids"],
+            "img_ids": self.pipe._prepare_latent_ids(x_t).to(x_t.device),
+        }
+
     def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
-        given = stacked(prompts, x_t.device)
-        output = model(
-            hidden_states=self.pipe._pack_latents(x_t),
-            timestep=timesteps / self.pipe.scheduler.config.num_train_timesteps,
-            guidance=self.distilled_guidance(len(x_t), x_t.device),
-            encoder_hidden_states=given["prompt_embeds"],
-            txt_ids=given["text_ids"],
-            img_ids=self.pipe._prepare_latent_ids(x_t).to(x_t.device),
-            return_dict=False,
-        )[0]
-        return output.permute(0, 2, 1).reshape(x_t.shape)
+        return super().predict(model, x_t, timesteps, prompts).permute(0, 2, 1).reshape(x_t.shape)
 
 
 class Sana(TextToImage):
@@ -218,15 +218,13 @@ class Sana(TextToImage):
             options["complex_human_instruction"] = None
         return super().encode(prompt, **options)
 
-    def predict(self, model: Any, x_t: Tensor, timesteps: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
-        given = stacked(prompts, x_t.device)
-        return model(
-            x_t,
-            encoder_hidden_states=given["prompt_embeds"],
-            encoder_attention_mask=given["prompt_attention_mask"],
-            timestep=timesteps * self.config.timestep_scale,
-            return_dict=False,
-        )[0]
+    def inputs(self, x_t: Tensor, timesteps: Tensor, given: Embeddings) -> dict[str, Any]:
+        return {
+            "hidden_states": x_t,
+            "encoder_hidden_states": given["prompt_embeds"],
+            "encoder_attention_mask": given["prompt_attention_mask"],
+            "timestep": timesteps * self.config.timestep_scale,
+        }
 
 
 class QwenImage(TextToImage):
