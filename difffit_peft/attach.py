@@ -11,15 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .bare_parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters, is_of_parameter
 from .base_layers import is_supported, takes_bias
 from .class_rows import DiffFitEmbedding
 from .config import COMPONENTS, FORMAT_VERSION, DiffFitConfig, nearest, short
 from .families import Family, family_name, family_of
-from .guards import check_not_fused, guard_verbs, unguard_verbs
 from .layer import DiffFitLayer
 from .norms import is_norm
-from .parameters import BareParameter, DiffFitParameter, attach_parameters, detach_parameters, is_of_parameter
 from .publishing import base_model_id
+from .refused_verbs import check_not_fused, guard_verbs, unguard_verbs
 from .targets import Layer, Target, plan, spelled_out
 
 _MAX_UPSCALING = 16  # an adapter from a stranger must not ask for any amount of memory

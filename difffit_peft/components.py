@@ -21,11 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import COMPONENTS, DiffFitConfig, nearest, short
 from .families import family_name
-from .files import write
 from .layer import DiffFitLayer
 from .model import DiffFitModel
 from .publishing import save_adapter
 from .reading import PIPELINE_INDEX
+from .writing import write
 
 ADAPTERS = "adapters"
 """The folder of a saved pipeline that holds its adapters, beside those of its parts."""

@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import nn
 
 from .attach import named_layers, planned_shapes, saved_whole
+from .bare_parameters import attach_parameters
 from .base_layers import is_supported
 from .config import DiffFitConfig
 from .families import Family, family_of
 from .layer import DiffFitLayer
 from .norms import looks_like_a_norm
-from .parameters import attach_parameters
 from .targets import Layer, plan
 
 _FILTER = ("bias", "norm", "gamma", "y_embed")  # of the published code, on the names of parameters

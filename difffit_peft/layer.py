@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapter_scales import Scales
 from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, value_shape
 from .config import DiffFitConfig
 from .norms import CHANNELS_FIRST_NORMS, norm_of
-from .row_scales import is_quantised, row_scales, scaled
-from .scales import Scales
+from .quantised_weights import is_quantised, row_scales, scaled
 from .times_gamma import TimesGamma
 
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .attach import check_weight_names, layer_class, named_layers, prepare, restore
+from .bare_parameters import check_mixable, forget_parameters
 from .base_layers import PlacedModules
 from .class_names import keep_names, names_of_adapters
 from .class_rows import DiffFitEmbedding
@@ -22,7 +23,6 @@ from .config import DiffFitConfig, finite, short
 from .families import family_of
 from .layer import DiffFitLayer, names_in
 from .merging import check_names, merge_layers, names_to_merge, owners_of_parameters, tied_parameters
-from .parameters import check_mixable, forget_parameters
 from .publishing import base_model_id
 from .targets import exactly, matching
 

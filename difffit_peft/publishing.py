@@ -20,8 +20,8 @@ from torch import nn
 
 from .config import COMPONENTS
 from .families import FAMILIES, family_name, family_of
-from .files import whole_files
 from .reading import HUB_CACHE, PIPELINE_INDEX, read_weights
+from .writing import whole_files
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PICTURE = "samples.png"

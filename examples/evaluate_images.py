@@ -28,7 +28,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.class_names import classes_called
 from difffit_peft.config import parse_colour
-from difffit_peft.files import write
 from difffit_peft.reading import adapter_folder
 from difffit_peft.training.arguments import (
     add_base_arguments,
@@ -41,6 +40,7 @@ from difffit_peft.training.arguments import (
 )
 from difffit_peft.training.images import LabelledImages, to_pixels
 from difffit_peft.training.scripts import launched_precision, non_negative_int, positive_int, run_script
+from difffit_peft.writing import write
 from diffusers.utils import make_image_grid
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn

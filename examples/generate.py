@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.files import write
 from difffit_peft.training.arguments import add_sampling_arguments
 from difffit_peft.training.scripts import base_dtype, launched_precision, positive_int, run_script
 from difffit_peft.training.visualize import label_rows, sample_grid
+from difffit_peft.writing import write
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import parse_colour
-from ..files import write
+from ..writing import write
 from .folders import listed
 from .images import LabelledImages, to_pixels
 from .vae import moments

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import write
+from ..writing import write
 
 Embeddings = dict[str, Tensor]
 

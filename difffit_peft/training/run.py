@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from ..explanation import explain
-from ..files import write
 from ..publishing import base_parameters, push_adapter, save_adapter
+from ..writing import write
 from .arguments import PRE_TRAINING_RATE, SETTINGS
 from .checkpoint import checkpoints, load_checkpoint, remove_later, save_checkpoint
 from .loop import Diverged, TrainingLoop

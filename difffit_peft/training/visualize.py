@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
-from ..files import write
+from ..writing import write
 from .sampling import null_class
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.files import write
 from difffit_peft.training.scripts import positive_int, run_script
+from difffit_peft.writing import write
 from diffusers import DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure

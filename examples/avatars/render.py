@@ -25,8 +25,8 @@ import datasets
 import numpy as np
 import resvg_py
 from dicebear import Avatar, Style
-from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
+from difffit_peft.writing import write
 from PIL import Image
 from tqdm import tqdm
 

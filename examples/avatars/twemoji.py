@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
+from difffit_peft.writing import write
 from PIL import Image as PILImage
 from tqdm import tqdm
 

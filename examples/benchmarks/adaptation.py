@@ -18,11 +18,11 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from difffit_peft.files import write
 from difffit_peft.training.images import LabelledImages, load_labelled_images, to_pixels
 from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
 from difffit_peft.training.objective import class_conditional
+from difffit_peft.writing import write
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid

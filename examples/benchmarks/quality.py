@@ -17,8 +17,8 @@ from pathlib import Path
 
 import methods
 from difffit_peft import DiffFitConfig
-from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
+from difffit_peft.writing import write
 from diffusers import DiTTransformer2DModel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure

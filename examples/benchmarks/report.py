@@ -36,8 +36,8 @@ import matplotlib
 matplotlib.use("Agg")
 import psutil
 import torch
-from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
+from difffit_peft.writing import write
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]

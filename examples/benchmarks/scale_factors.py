@@ -13,12 +13,12 @@ import tempfile
 
 import torch
 from difffit_peft import DiffFitConfig
-from difffit_peft.files import write
 from difffit_peft.training.images import load_labelled_images
 from difffit_peft.training.latents import encode_latents
 from difffit_peft.training.losses import diffusion_loss
 from difffit_peft.training.sampling import draw, sample_latents
 from difffit_peft.training.scripts import run_script
+from difffit_peft.writing import write
 from diffusers import DDPMScheduler, DiTPipeline
 from matplotlib.figure import Figure
 from methods import LAYERS

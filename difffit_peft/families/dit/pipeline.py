@@ -15,9 +15,9 @@ from torch import nn
 from ...class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
 from ...components import fused, models
 from ...config import nearest, plain, short
-from ...files import write
 from ...layer import Entry, names_in
 from ...pipelines import DiffFitLoaderMixin
+from ...writing import write
 
 
 class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from difffit_peft.files import whole_files, write
+from difffit_peft.writing import whole_files, write
 
 
 def contents(folder: Path) -> dict[str, str]:
