@@ -72,7 +72,7 @@ class DiffFitModel(PlacedModules, BaseTuner):
 
     def _check_target_module_exists(self, peft_config: DiffFitConfig, key: str) -> bool | _ExcludedModule:
         # BaseTuner's is a static method that knows the config alone; the plan also knows the model (peft 0.21)
-        if key not in self._planned and matching("exclude_modules", peft_config.exclude_modules, [key], required=False):
+        if key not in self._planned and matching(peft_config.exclude_modules, [key]):
             return _ExcludedModule()  # peft warns where there is none
         return key in self._planned
 

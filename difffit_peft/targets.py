@@ -48,17 +48,17 @@ def plan(
         ValueError: if a field of `config` does not fit the model, naming what would.
     """
     layers = _trainable(layers, family)
-    tables = {name: layer for name, layer in layers.items() if layer.num_classes is not None}
+    tables = {name: layer.num_classes for name, layer in layers.items() if layer.num_classes is not None}
     others = {name: layer for name, layer in layers.items() if name not in tables}
     if config.num_classes is not None and not tables:
         raise ValueError(f"num_classes={config.num_classes}, but {model} has no class table.")
-    excluded = {*excluded, *matching("exclude_modules", config.exclude_modules, layers, required=False)}
+    excluded = {*excluded, *matching(config.exclude_modules, layers)}
     if config.target_modules is None:
         targets = {*layers}
     elif config.target_modules == "all-linear":
         targets = {name for name, layer in others.items() if layer.max_rank}
     else:
-        targets = {*matching("target_modules", config.target_modules, layers)}
+        targets = {*matching(config.target_modules, layers, "target_modules")}
     gammas = _gamma_layers(config, family, others, model)
     if config.gamma_modules is None:  # the preset stays within the targets, as whoever names targets expects
         gammas &= targets
@@ -74,16 +74,16 @@ def plan(
         )
         for name, layer in others.items()
     }
-    for name, layer in tables.items():
-        if config.num_classes is not None and config.num_classes > (layer.num_classes or 0):
+    for name, classes in tables.items():
+        if config.num_classes is not None and config.num_classes > classes:
             raise ValueError(
-                f"num_classes={config.num_classes}, but the class table of this model has rows for {layer.num_classes} "
-                "classes and the null class: at most that many can be adapted."
+                f"num_classes={config.num_classes}, but the class table of this model has rows for {classes} classes "
+                "and the null class: at most that many can be adapted."
             )
-        if not isinstance(config.init_class_rows, str) and max(config.init_class_rows) >= (layer.num_classes or 0):
+        if not isinstance(config.init_class_rows, str) and max(config.init_class_rows) >= classes:
             raise ValueError(
                 f"init_class_rows names the class {max(config.init_class_rows)}, but the base has the classes 0 to "
-                f"{(layer.num_classes or 0) - 1}."
+                f"{classes - 1}."
             )
         planned[name] = Target(delta=name in targets or config.num_classes is not None)
     planned = {name: target for name, target in planned.items() if target != Target() and name not in excluded}
@@ -92,7 +92,7 @@ def plan(
             f"target_modules={config.target_modules}, exclude_modules={config.exclude_modules} and "
             f"gamma_modules={config.gamma_modules} leave no layer of {model} to train."
             + " Layers without a bias get δ with new_biases=True."
-            * (not config.new_biases and any(layers[name].takes_bias for name in targets - excluded))
+            * any(layers[name].takes_bias for name in targets - excluded)
         )
     return planned
 
@@ -114,7 +114,7 @@ def spelled_out(
         fields["target_modules"] = exactly({name for name in planned if planned[name].delta}, layers)
     for field in ("target_modules", "exclude_modules"):
         if isinstance(patterns := getattr(config, field), str) and field not in fields:
-            fields[field] = exactly(matching(field, patterns, layers, required=False), layers)
+            fields[field] = exactly(matching(patterns, layers), layers)
     if not isinstance(config.gamma_modules, list):
         fields["gamma_modules"], fields["gamma_layers"] = _shortest(having("gamma"), layers, family)
     if config.r and not isinstance(config.low_rank_modules, list):
@@ -147,7 +147,7 @@ def _gamma_layers(config: DiffFitConfig, family: Family, layers: Mapping[str, La
             + (f", so indices go from 0 to {longest - 1}." if longest else ": leave gamma_layers out.")
         )
     if config.gamma_modules is not None:
-        found = matching("gamma_modules", config.gamma_modules, [n for n in layers if not layers[n].parameter])
+        found = matching(config.gamma_modules, [n for n in layers if not layers[n].parameter], "gamma_modules")
     elif not block_of and config.target_modules is None:
         raise ValueError(
             f"{model} has no list of blocks, so that no rule says where γ goes. Name the layers in gamma_modules, or "
@@ -183,7 +183,7 @@ def _low_rank_layers(config: DiffFitConfig, family: Family, layers: Mapping[str,
         linear = [name for name, layer in layers.items() if layer.max_rank]
         selected = _preset(family.low_rank_modules, linear, _blocks(family, layers))
     else:
-        selected = matching("low_rank_modules", config.low_rank_modules, layers)
+        selected = matching(config.low_rank_modules, layers, "low_rank_modules")
     for name in selected:
         if not layers[name].max_rank:
             raise ValueError(
@@ -204,7 +204,7 @@ def _shortest(selected: set[str], layers: Mapping[str, Layer], family: Family) -
     blocks = {block_of[name][1] for name in selected if name in block_of}
     prefixes = {name: f"{blocks}.{index}." for name, (blocks, index) in block_of.items()}
     endings = sorted({name.removeprefix(prefixes.get(name, "")) for name in selected})
-    found = matching("", endings, names)
+    found = matching(endings, names)
     if blocks:
         found = [name for name in found if name not in block_of or block_of[name][1] in blocks]
     if {*found} != selected:
@@ -224,11 +224,11 @@ def _preset(endings: tuple[str, ...] | None, names: Iterable[str], block_of: Col
     return [name for name in inside if f".{name}".endswith(tuple(f".{end}" for end in endings or ()))] or inside
 
 
-def matching(field: str, patterns: list[str] | str | None, names: Iterable[str], required: bool = True) -> list[str]:
+def matching(patterns: list[str] | str | None, names: Iterable[str], field: str | None = None) -> list[str]:
     """The names that a list of names and endings, or a regular expression, selects.
 
     Raises:
-        ValueError: if `required` and the expression, or an entry of the list, selects nothing.
+        ValueError: if the expression, or an entry of the list, selects nothing, and the `field` it is of is named.
     """
     names = list(names)
     if not patterns:
@@ -241,7 +241,7 @@ def matching(field: str, patterns: list[str] | str | None, names: Iterable[str],
     else:
         selected = [name for name in names if not endings[name].isdisjoint(patterns)]
         missing = [pattern for pattern in patterns if pattern not in known]
-    if missing and required:
+    if missing and field:
         common = _common(names)
         hint = nearest(missing[0][:200], common + names)
         if missing[0] in known:

@@ -44,6 +44,31 @@ def test_the_general_rule():
     assert planned(layers={"lone.norm": NORM}, gamma_modules=[]) == {"lone.norm": Target(gamma=True)}
 
 
+def test_layers_without_a_bias():
+    layers = {"without": Layer("Linear", takes_bias=True), "fused": Layer("Linear"), "with": LINEAR}
+    assert having("delta", planned(layers=layers, gamma_modules=[])) == {"with"}
+    assert having("delta", planned(layers=layers, gamma_modules=[], new_biases=True)) == {"with", "without"}
+    del layers["with"]
+    with pytest.raises(ValueError, match=r"no layer of Model to train\. Layers .* get δ with new_biases=True\.$"):
+        planned(layers=layers, gamma_modules=[])
+    for fields in ({}, {"new_biases": True}):
+        with pytest.raises(ValueError, match=r"leave no layer of Model to train\.$"):
+            planned(layers=layers, gamma_modules=[], target_modules=["fused"], **fields)
+
+
+def test_parameters_get_no_gamma():
+    layers = {"double.0.table": Layer("Parameter", bias=True, parameter=True), "double.0.proj": LINEAR}
+    for fields in ({}, {"gamma_modules": ".*"}):
+        targets = planned(layers=layers, **fields)
+        assert having("gamma", targets) == {"double.0.proj"} and having("delta", targets) == {*layers}
+
+
+def test_what_just_fits():
+    assert having("rank", planned(r=8)) == inside("q proj", *DOUBLE, *SINGLE)
+    for fields in ({"num_classes": 10}, {"num_classes": 1, "init_class_rows": [9]}):
+        assert planned(**fields)["labels.table"] == Target(delta=True)
+
+
 def test_a_familys_presets():
     targets = planned(HALF, r=2)
     assert having("gamma", targets) - inside("norm", *DOUBLE, *SINGLE) == inside(
@@ -88,6 +113,9 @@ def test_what_a_family_leaves_out():
         ({"r": 1, "low_rank_modules": ["double.0.q"], "gamma_modules": []}, set(), None, {"double.0.q"}),
         ({"r": 1, "target_modules": ["double.0.proj"]}, {"double.0.proj"}, {"double.0.proj"}, {"double.0.proj"}),
         ({"r": 1, "gamma_modules": []}, set(), None, inside("q proj", *DOUBLE, *SINGLE)),
+        ({"r": 1, "target_modules": r"\w+\.0\..*"}, inside("q proj", "double.0", "single.0"),
+         inside("proj", "double.0", "single.0"), inside("q proj", "double.0", "single.0")),
+        ({"gamma_modules": ["q"], "exclude_modules": "nothing.*"}, inside("q", *DOUBLE, *SINGLE), None, set()),
     ],
 )  # fmt: skip
 def test_what_configs_select(fields, gamma, delta, rank):
@@ -137,6 +165,9 @@ def test_exactly():
         ({"gamma_modules": ["single.2.q"], "gamma_layers": [0]}, r"of the blocks \[2\], but gamma_layers=\[0\]"),
         ({"r": 9}, "r=9: the rank of double.0.q is at most 8"),
         ({"r": 1, "low_rank_modules": ["embed"]}, "embed is of type Conv2d, but a change of low rank goes on linear"),
+        ({"target_modules": ["qq"]}, r"target_modules=\['qq'\]: 'qq' matches no layer"),
+        ({"r": 1, "low_rank_modules": ["qq"]}, r"low_rank_modules=\['qq'\]: 'qq' matches no layer"),
+        ({"num_classes": 1, "init_class_rows": [10]}, r"the class 10, but the base has the classes 0 to 9\."),
         ({"num_classes": 11}, "num_classes=11, but the class table of this model has rows for 10 classes"),
         ({"target_modules": [], "gamma_modules": []}, "leave no layer of Model to train"),
     ],

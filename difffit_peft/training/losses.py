@@ -114,10 +114,9 @@ def vlb_loss(
     else:
         predicted_x_0 = at(alphas_cumprod.sqrt()) * x_t - at((1 - alphas_cumprod).sqrt()) * prediction
 
+    # of the means' two terms that of x_t is the same in q and p, and 0 at t = 0
     x_0_weight = at(betas * previous.sqrt() / (1 - alphas_cumprod))
-    x_t_weight = at((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod))
-    true_mean = x_0_weight * x_0 + x_t_weight * x_t
-    mean = x_0_weight * predicted_x_0 + x_t_weight * x_t
+    true_mean, mean = x_0_weight * x_0, x_0_weight * predicted_x_0
 
     true_log_variance = at(posterior_variance.log())
     fraction = (variance + 1) / 2
