@@ -40,9 +40,7 @@ class DiffFitParameter(DiffFitLayer):
     """Puts δ, of the parameter's own shape, on a parameter: parameter + Σ s_i δ_i. There is no γ."""
 
     @staticmethod
-    def shapes(
-        layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
-    ) -> dict[str, tuple[int, ...]]:
+    def shapes(layer: nn.Module, config: DiffFitConfig, **target: Any) -> dict[str, tuple[int, ...]]:
         return {"difffit_delta": tuple(layer.weight.shape)}
 
     def value(self) -> Tensor | None:

@@ -22,9 +22,7 @@ class DiffFitEmbedding(DiffFitLayer):
     """
 
     @staticmethod
-    def shapes(
-        layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
-    ) -> dict[str, tuple[int, ...]]:
+    def shapes(layer: nn.Module, config: DiffFitConfig, **target: Any) -> dict[str, tuple[int, ...]]:
         rows = layer.num_embeddings if config.num_classes is None else config.num_classes + 1
         return {"difffit_delta": (rows, layer.embedding_dim)}
 
@@ -50,7 +48,7 @@ class DiffFitEmbedding(DiffFitLayer):
 
     def _adapted(self, x: Tensor, adapter_names: list[Entry] | None, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of the labels x, (batch,), and their δ: (batch, channels)."""
-        labels, y = x, self.base_layer(x, *args, **kwargs)
+        labels, y = x, self.base_layer(x)
         if adapter_names is None:
             for rows in self._rows(self.active_adapters):
                 y = y + self._delta(labels, rows).to(y.dtype)
@@ -66,7 +64,7 @@ class DiffFitEmbedding(DiffFitLayer):
         """δ of each label: its row, the last one for the null class, 0 for a class that is not trained."""
         null = len(rows) - 1
         trained = (labels < null) | (labels == self.get_base_layer().num_embeddings - 1)
-        return F.embedding(torch.where(labels < null, labels, null), rows) * trained.unsqueeze(-1)
+        return F.embedding(labels.clamp(max=null), rows) * trained[:, None]
 
     def _merged(self, base: dict[str, Tensor], adapters: list[str]) -> dict[str, Tensor]:
         table = base["weight"].to(torch.promote_types(base["weight"].dtype, torch.float32), copy=True)

@@ -78,7 +78,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
 
     @staticmethod
     def shapes(
-        layer: nn.Module, config: DiffFitConfig, gamma: bool = False, delta: bool = False, rank: int = 0
+        layer: nn.Module, config: DiffFitConfig, *, gamma: bool = False, delta: bool = False, rank: int = 0
     ) -> dict[str, tuple[int, ...]]:
         """The shapes of what an adapter puts on `layer`, by their names."""
         inputs, outputs = features(layer)

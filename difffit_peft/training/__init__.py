@@ -1,2 +1,2 @@
-"""Training on images: `images` become `latents`, of which each step of the `loop` (`sampling`, `objective`, `losses`) sees
-a batch. A script's whole `run` is made of these."""
+"""Training on images: `images` become `latents`, and each step of the `loop` trains on some of them (`sampling`,
+`objective`, `losses`). A script's whole `run` is made of these."""
