@@ -167,6 +167,7 @@ def test_new_classes_start_as_the_classes_they_are_like(dit, inputs):
 def test_disabled_is_the_base_after_training(dit, inputs):
     expected = outputs(dit, inputs)
     before = {name: p.clone() for name, p in dit.state_dict().items()}
+    embedder = dit.transformer_blocks[0].norm1.emb
     model = get_peft_model(dit, DiffFitConfig(num_classes=3))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -176,9 +177,12 @@ def test_disabled_is_the_base_after_training(dit, inputs):
     assert not torch.allclose(outputs(model, inputs), expected, atol=1e-3)
     with model.disable_adapter():
         assert torch.equal(outputs(model, inputs), expected)
-    unloaded = model.unload().state_dict()
+    base = model.unload()
+    unloaded = base.state_dict()
     assert list(unloaded) == list(before)
     assert all(torch.equal(unloaded[name], before[name]) for name in before)
+    embedders = [block.norm1.emb for block in base.transformer_blocks]
+    assert embedders[0] is embedder and len({*embedders}) == len(embedders)
 
 
 # Gradients
