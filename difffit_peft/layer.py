@@ -275,7 +275,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
             gamma = gamma.detach()
             if self.norm:
                 name, one = self.norm.weight, self.norm.added
-                merged |= {"bias": gamma * base["bias"]} if "bias" in base else {}
+                merged = {"bias": gamma * base["bias"]} if "bias" in base else {}
                 return merged | {name: gamma * (one + base[name]) - one}
             trailing = 0 if isinstance(layer, Conv1D) else layer.weight.dim() - 1
             factors = {"weight": gamma.view(*gamma.shape, *[1] * trailing), "bias": gamma}
