@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from render import BUNDLED, bundle  # noqa: E402
 import evaluate_images  # noqa: E402
 
 COLUMNS = 10  # of a grid of samples
+CURVE = (100, 300, 1000, 3000, 10000)  # steps
 VALIDATION_SEED = 0
 
 
@@ -54,6 +56,8 @@ class Run:
         seed: of the initialisation, the order of images, all draws, and the samples.
         steps: optimiser steps; 0 measures the base as it is.
         num_images: how many to sample, in classes as frequent as among the held-out images; 0: the loss alone.
+        images_per_class: how many of each class to train on; `None`: all that there are.
+        curve: measure at the steps of `CURVE` too. The learning rate is constant then, after its warm-up.
     """
 
     domain: str
@@ -67,11 +71,14 @@ class Run:
     guidance_scale: float = 1.5  # as the paper samples
     num_inference_steps: int = 15
     mixed_precision: str = "no"
+    images_per_class: int | None = None
+    curve: bool = False
 
     @property
     def name(self) -> str:
         method = self.method.replace(" ", "-").replace("/", "-")
         size = f"{self.resolution}px-{self.steps}steps-{self.num_images}images"
+        size += f"-{self.images_per_class}per-class" * (self.images_per_class is not None) + "-curve" * self.curve
         return f"{self.domain}-{method}-lr{self.learning_rate:.2g}-seed{self.seed}-{size}"
 
 
@@ -109,11 +116,10 @@ class Bench:
     def result(self, run: Run) -> dict:
         """What the run gives; it is made if it was not.
 
-        Losses are those of the averaged weights at fixed noise; `fid`, `kid`, `precision` and `recall` as in
-        `examples/evaluate_images.py`, by the features of EfficientNet-Lite0, against the held-out images; `recognised`
-        is the share of samples that a classifier takes for their class. Samples are kept beside, as one PNG of ten
-        columns. `cpu_seconds_per_step` counts the work of all threads, which a busy machine changes less than it does
-        `seconds_per_step`, the median. A run whose loss is not finite gives {"diverged": why}.
+        Losses are those of the averaged weights at fixed noise; the other measures are those of `Judge`. Samples are
+        kept beside, as one PNG of ten columns. `cpu_seconds_per_step` counts the work of all threads, which a busy
+        machine changes less than it does `seconds_per_step`, the median. Of a curve there is `curve`, the measures by
+        step. A run whose loss is not finite gives {"diverged": why}.
         """
         result = self.stored(run)
         if result is None:
@@ -121,11 +127,6 @@ class Bench:
             record = json.dumps({"run": dataclasses.asdict(run), "result": result}, indent=1)
             write(self.folder / "runs" / f"{run.name}.json", lambda path: path.write_text(record + "\n"))
         return result
-
-    def prepare(self, domain: str, resolution: int) -> None:
-        """Makes what runs share, so that processes that start together do not make it twice."""
-        self._dataset(domain, resolution)
-        self.judge(domain, resolution)
 
     def floor(self, run: Run) -> dict:
         """What training images would get in the place of the run's samples."""
@@ -141,7 +142,6 @@ class Bench:
         return pixels(data, rows.tolist(), resolution).permute(0, 2, 3, 1)
 
     def _make(self, run: Run) -> dict:
-        train, validation, test = self._dataset(run.domain, run.resolution)
         accelerator = Accelerator(cpu=True, mixed_precision=run.mixed_precision)
         set_seed(run.seed)
         pipe = base()
@@ -150,33 +150,48 @@ class Bench:
         parameters = trained(model)
         noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         optimizer = torch.optim.AdamW(parameters.values(), lr=run.learning_rate, weight_decay=0.0)
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=run.steps // 20, num_training_steps=run.steps)
+        schedule = get_scheduler(
+            "constant_with_warmup" if run.curve else "cosine",
+            optimizer,
+            num_warmup_steps=min(run.steps // 20, CURVE[0] // 5),
+            num_training_steps=run.steps,
+        )
+        train = self._training_images(run)
         count = run.steps * run.batch_size
         order = RandomSampler(train, num_samples=max(count, 1), generator=torch.Generator().manual_seed(run.seed))
         loader = DataLoader(train, run.batch_size, sampler=order)
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
         objective = class_conditional(model, noise_scheduler, snr_gamma=5)
         loop = TrainingLoop(accelerator, model, optimizer, schedule, objective, seed=run.seed, ema_decay=0.9999)
-        cpu = time.process_time()
-        if run.steps:
-            try:
-                for _ in tqdm(loop.steps(loader), desc=run.name, total=run.steps, mininterval=5):
-                    pass
-            except Diverged as error:
-                return {"diverged": str(error)}
-        cpu = time.process_time() - cpu
-
+        pipe.transformer = model
+        curve = {}
+        cpu, start = 0.0, time.process_time()
+        try:
+            for _ in tqdm(loop.steps(loader) if run.steps else [], desc=run.name, total=run.steps, mininterval=5):
+                cpu += time.process_time() - start
+                if run.curve and loop.step in CURVE and loop.step < run.steps:
+                    curve[loop.step] = self._measures(run, loop, pipe)
+                start = time.process_time()
+        except Diverged as error:
+            return {"diverged": str(error)}
         result = {
             "parameters": sum(p.numel() for p in parameters.values()) if run.steps else 0,
             "seconds_per_step": statistics.median(loop.seconds) if run.steps else None,
             "cpu_seconds_per_step": cpu / run.steps if run.steps else None,
             "training_loss": loop.average,
+            **self._measures(run, loop, pipe),
         }
+        accelerator.free_memory()
+        return result | ({"curve": curve} if run.curve else {})
+
+    def _measures(self, run: Run, loop: TrainingLoop, pipe: DiTPipeline) -> dict:
+        """Of the averaged weights as they are now; writes the samples. Training goes on as if it had not been."""
+        _, validation, test = self._dataset(run.domain, run.resolution)
         loop.seed = VALIDATION_SEED  # the same noise in every run, whatever its seed
         with loop.averaged_weights():
+            pipe.transformer.eval()
+            result = {"loss": loop.validation_loss(ConcatDataset([test if run.num_images else validation] * 2), 50)}
             if run.num_images:
-                result["loss"] = loop.validation_loss(ConcatDataset([test] * 2), 50)
-                pipe.transformer = model.eval()
                 labels = evaluate_images.spread(test.labels, run.num_images)
                 how = (run.guidance_scale, run.num_inference_steps)
                 images = sample(pipe, labels, *how, run.name, first_seed=1000 * run.seed)
@@ -184,10 +199,23 @@ class Bench:
                 pictures = DiTPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
                 grid = make_image_grid(pictures, len(pictures) // COLUMNS, COLUMNS)
                 write(self.folder / "samples" / f"{run.name}.png", lambda path: grid.save(path, format="PNG"))
-            else:
-                result["loss"] = loop.validation_loss(ConcatDataset([validation] * 2), 50)
-        accelerator.free_memory()
+            pipe.transformer.train()
+        loop.seed = run.seed
         return result
+
+    def _training_images(self, run: Run) -> Subset:
+        """Those of a run: the first so many of each class, or all; never one that learning rates are chosen by."""
+        train, _, _ = self._dataset(run.domain, run.resolution)
+        if run.images_per_class is None:
+            return train
+        left = Counter[int]()
+        labels = train.dataset.labels
+        chosen = []
+        for index in train.indices:
+            left[int(labels[index])] += 1
+            if left[int(labels[index])] <= run.images_per_class:
+                chosen.append(index)
+        return Subset(train.dataset, chosen)
 
     def _images(self, domain: str, split: str, resolution: int) -> LabelledImages:
         """The bundled images of a domain; where there are none of this split and size, they are rendered."""
@@ -231,6 +259,11 @@ class Bench:
 class Judge:
     """Measures samples by the features of EfficientNet-Lite0 and by a classifier of the domain's classes.
 
+    `fid`, `kid`, `precision` and `recall` are as in `examples/evaluate_images.py`, by EfficientNet-Lite0's features
+    against the held-out images; `fid_classifier` by those of the classifier. `recognised` is the share of samples that
+    the classifier takes for their class. `memorised` is the share that has a training image nearer to it, by
+    EfficientNet-Lite0's features, than 99 of 100 held-out images have: where nothing is memorised, it is about 0.01.
+
     Args:
         train: what the features' components and the classifier are of.
         test: what samples are compared with.
@@ -241,8 +274,10 @@ class Judge:
 
     def __init__(self, train: LabelledImages, test: LabelledImages, resolution: int, path: Path, steps: int) -> None:
         pictures = pixels(train, range(len(train)), resolution)
+        real = pixels(test, range(len(test)), resolution)
         self.network = ImageNetFeatures(pictures)
-        self.real = self.network(pixels(test, range(len(test)), resolution))
+        self.train, self.real = self.network(pictures), self.network(real)
+        self.near = self._nearest(self.real).quantile(0.01)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.classifier = Classifier(len(train.class_names))
@@ -251,10 +286,24 @@ class Judge:
                 write(path, lambda partial: torch.save(self.classifier.state_dict(), partial))
         self.classifier.load_state_dict(torch.load(path))
         self.classifier.eval().requires_grad_(False)
+        self.classified = self._classified(real)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        measures = evaluate_images.compare(self.real, self.network(images))
-        return {**measures, "recognised": self.classifier.accuracy(images, labels)}
+        features = self.network(images)
+        return {
+            **evaluate_images.compare(self.real, features),
+            "fid_classifier": evaluate_images.compare(self.classified, self._classified(images))["fid"],
+            "recognised": self.classifier.accuracy(images, labels),
+            "memorised": (self._nearest(features) < self.near).float().mean().item(),
+        }
+
+    def _nearest(self, features: Tensor) -> Tensor:
+        """The distance of each to the nearest training image, (N,)."""
+        return torch.cdist(features, self.train).amin(1)
+
+    def _classified(self, images: Tensor) -> Tensor:
+        """The classifier's features, (N, 64)."""
+        return torch.cat([self.classifier(batch) for batch in images.split(100)])
 
 
 def pixels(data: LabelledImages, rows: Iterable[int], resolution: int) -> Tensor:

@@ -8,8 +8,8 @@ Adapts the bundled base to the domains of `examples/avatars`: *inside*, new comb
 styles of faces that it has never seen; *middle*, styles that are no faces; *far*, Twemoji. Every run is kept in
 `--work_dir`, so that the script goes on where it was stopped. All methods train in the same way on the same
 batches (`adaptation`), the rows of the new classes with them, each at its own learning rate: the one of a sweep of
-short runs, half a decade apart, with the lowest loss on images that no run trains on. A sweep whose best is at its edge
-goes on beyond it.
+short runs on *near*, half a decade apart, with the lowest loss on images that no run trains on. A sweep whose best is
+at its edge goes on beyond it.
 """
 
 import dataclasses
@@ -58,6 +58,7 @@ VARIANTS = {
 LONG = Form(
     rates=RATES,
     domains=("inside", "near", "middle", "far"),
+    sweep_domain="near",
     seeds=(0,),
     steps=300,
     sweep_steps=50,

@@ -4,13 +4,10 @@ What the benchmarks of quality and of resolution share: `Form` says how much is 
 rest makes tables and plots of what is done so far.
 """
 
-import argparse
 import dataclasses
 import statistics
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import adaptation
@@ -30,6 +27,7 @@ MEASURES = {
     "precision": "precision",
     "recall": "recall",
     "recognised": "recognised",
+    "memorised": "memorised",
 }
 NUM_SHOWN = 12  # samples of each method in the plot
 
@@ -44,11 +42,12 @@ class Form:
     Attributes:
         rates: for each method, the learning rates that its sweep starts with.
         sweep_steps: of each run of a sweep; 0: no sweep, and the middle one of `rates`.
+        sweep_domain: whose learning rates serve all domains; `None`: each has a sweep of its own.
         extensions: how often a sweep whose best learning rate is at its edge goes on beyond it.
         variants: methods that are run at DiffFit's learning rate, with the first seed.
         factors: of DiffFit's learning rate, run with the first seed; the first two before `variants`.
         classifier_steps, held_out, max_samples: see `adaptation.Bench`.
-        threads: of the process of each domain; the figures depend on them a little, so they are the same everywhere.
+        threads: the figures depend on them a little.
     """
 
     rates: dict[str, tuple[float, float, float]]
@@ -64,6 +63,7 @@ class Form:
     batch_size: int = 16
     extensions: int = 2
     threads: int = 1
+    sweep_domain: str | None = None
     variants: tuple[str, ...] = ()
     factors: tuple[float, ...] = ()
 
@@ -98,6 +98,7 @@ class Study:
         Args:
             make: make what is not.
         """
+        domain = self.form.sweep_domain or domain
         losses: dict[float, float] = {}
         pending, extensions = list(self.form.rates[method]), self.form.extensions
         while pending:
@@ -117,12 +118,6 @@ class Study:
             return self.run(domain, method, self.form.rates[method][1])
         losses = self.sweep(domain, method, make)
         return losses and self.run(domain, method, min(losses, key=losses.__getitem__))
-
-    def comparison(self, domain: str, seed: int) -> Iterator[Run]:
-        """Makes the sweeps that are needed, and yields the runs of the main table."""
-        yield self.base(domain, seed)
-        for method in self.form.rates:
-            yield dataclasses.replace(self.best(domain, method, make=True), seed=seed)
 
     def variants(self, domain: str, make: bool = False) -> Iterator[tuple[str, Run]]:
         """Runs of the ablation and their names, all at DiffFit's learning rate but those that change it."""
@@ -147,13 +142,17 @@ class Study:
         pictures = self.bench.held_out_pictures(domain, self.form.resolution, self.form.num_images)
         return [PIL.Image.fromarray(pictures[i * len(pictures) // count].numpy()) for i in range(count)]
 
-    def make(self, domain: str) -> None:
-        """Makes all that is not made of a domain, the most telling first."""
+    def make(self, domains: Sequence[str]) -> None:
+        """Makes all that is not made, the most telling first."""
         for seed in self.form.seeds:
-            for run in self.comparison(domain, seed):
+            for domain in domains:
+                self.bench.result(self.base(domain, seed))
+            for method in self.form.rates:
+                for domain in domains:
+                    self.bench.result(dataclasses.replace(self.best(domain, method, make=True), seed=seed))
+        for domain in domains:
+            for _, run in self.variants(domain, make=True):
                 self.bench.result(run)
-        for _, run in self.variants(domain, make=True):
-            self.bench.result(run)
 
 
 def _beyond(losses: dict[float, float]) -> float | None:
@@ -261,7 +260,7 @@ def execute(
     attach: Callable[[str, DiTTransformer2DModel, int], nn.Module],
     report: Callable[[Study, Path], None],
 ) -> None:
-    """What the command line of a benchmark does: makes the runs, those of each domain in a process, and reports.
+    """What the command line of a benchmark does: makes the runs, and reports.
 
     Args:
         attach: see `adaptation.Bench`.
@@ -271,20 +270,15 @@ def execute(
     arguments.add_argument("--work_dir", type=Path, help="where runs are kept; default: runs/quality or quality-short")
     arguments.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where it is faster")
     arguments.add_argument("--report", action="store_true", help="make no runs: report those that are made")
-    arguments.add_argument("--domain", choices=long.domains, help=argparse.SUPPRESS)  # make its runs, and no report
+    arguments.add_argument(
+        "--domains", nargs="+", choices=long.domains, help="make the runs of these alone; several can go on at once"
+    )
     args = arguments.parse_args()
     form = short if args.short else long
     torch.set_num_threads(form.threads)
     folder = args.work_dir or ROOT / ("runs/quality-short" if args.short else "runs/quality")
     bench = Bench(folder, attach, form.classifier_steps, form.held_out, form.max_samples)
     study = Study(form, bench, args.mixed_precision)
-    if args.domain:
-        study.make(args.domain)
-        return
     if not args.report:
-        for domain in form.domains:
-            bench.prepare(domain, form.resolution)
-        processes = [subprocess.Popen([sys.executable, *sys.argv, "--domain", domain]) for domain in form.domains]
-        if any([process.wait() for process in processes]):
-            raise SystemExit("A process failed (see above). What it had done is kept.")
+        study.make(args.domains or form.domains)
     report(study, output_dir(args))
