@@ -72,7 +72,7 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
     """A labelled grid: a row per entry, with `SHOWN` pictures of each name side by side."""
     figure = Figure(figsize=(0.8 * SHOWN * len(names), 0.95 * len(rows)), dpi=130)
     widths = [1, 1, 1, 0.15] * len(names)
-    axes = figure.subplots(len(rows), len(widths) - 1, width_ratios=widths[:-1])
+    axes = figure.subplots(len(rows), len(widths) - 1, width_ratios=widths[:-1], squeeze=False)
     for row, (title, images) in enumerate(rows.items()):
         for column, axis in enumerate(axes[row]):
             axis.set_xticks([]), axis.set_yticks([])

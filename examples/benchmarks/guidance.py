@@ -9,6 +9,7 @@ guidance scales are compared with held-out pictures. Adapters are kept in `--wor
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import adaptation
@@ -18,49 +19,94 @@ from difffit_peft.training.scripts import run_script
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, publish, table
+from torch import Tensor
 
 sys.path.insert(0, str(adaptation.AVATARS))
-from demo import LEARNING_RATE, STEPS, train_adapter  # noqa: E402
+from demo import LEARNING_RATE, SHOWN, STEPS, draw, train_adapter  # noqa: E402
 from judge import sample  # noqa: E402
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
-TRAINED_IN = "trained in"
+NUM_INFERENCE_STEPS = 15
+PLAIN, TRAINED_IN = "plain", "trained in"
 
 Measures = dict[str, dict[float, dict[str, float]]]
 
 
-def measures(
-    domain: str, bench: adaptation.Bench, steps: int, precision: str, count: int, scales: tuple[float, ...]
-) -> Measures:
-    """For each kind of guidance and each scale: distances, recognised samples, seconds an image.
+def pipeline(domains: Sequence[str], folder: Path, steps: int, precision: str) -> DiffFitDiTPipeline:
+    """The base with the adapters "near, plain", "near, trained in" and so on, which are trained if they were not.
 
     Args:
         steps: of the training of each adapter.
         precision: of that training, `--mixed_precision` of `examples/train_difffit.py`. Samples are made in float32.
-        count: of samples.
     """
     base = adaptation.AVATARS / "base"
     pipe = DiffFitDiTPipeline.from_pretrained(base, dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    for name, more in (("plain", ()), ("guided", ("--guidance_loss_scale", "1.5"))):
-        folder = bench.folder / f"{domain}-{name}"
-        if not (folder / "adapter_model.safetensors").exists():
-            more = ("--mixed_precision", precision, *more)
-            train_adapter(base, domain, folder, bench.folder / "cache", steps, LEARNING_RATE, *more)
-        pipe.load_difffit_weights(folder, name)
-    judge = bench.judge(domain, 64)
+    for domain in domains:
+        for name, more in ((PLAIN, ()), (TRAINED_IN, ("--guidance_loss_scale", "1.5"))):
+            adapter = folder / f"{domain}-{name.replace(' ', '-')}"
+            if not (adapter / "adapter_model.safetensors").exists():
+                more = ("--mixed_precision", precision, *more)
+                train_adapter(base, domain, adapter, folder / "cache", steps, LEARNING_RATE, *more)
+            pipe.load_difffit_weights(adapter, f"{domain}, {name}")
+    return pipe
+
+
+def measures(
+    pipe: DiffFitDiTPipeline, domain: str, judge: adaptation.Judge, count: int, scales: tuple[float, ...]
+) -> Measures:
+    """For each kind of guidance and each scale: distances, recognised samples, seconds an image, of `count` images."""
+    pipe.set_adapters(f"{domain}, {PLAIN}")
     labels = torch.arange(count) * len(pipe.id2label) // count
 
-    def measured(adapter: str, guidance: str, scale: float) -> dict[str, float]:
-        pipe.set_adapters(adapter)
+    def measured(name: str, guidance: str, scale: float) -> dict[str, float]:
+        pipe.set_adapters(f"{domain}, {name}")
         start = time.perf_counter()
-        what = f"{domain}, {adapter}, guidance by {guidance}, {scale:g}"
-        images = sample(pipe, labels.tolist(), scale, 15, what, guidance=guidance)
+        what = f"{domain}, {name}, guidance by {guidance}, {scale:g}"
+        images = sample(pipe, labels.tolist(), scale, NUM_INFERENCE_STEPS, what, guidance=guidance)
         return {"seconds": (time.perf_counter() - start) / count, **judge(images, labels)}
 
-    found = {kind: {scale: measured("plain", kind, scale) for scale in scales} for kind in ("class", "domain")}
-    return found | {TRAINED_IN: {1.0: measured("guided", "class", 1.0)}}
+    found = {kind: {scale: measured(PLAIN, kind, scale) for scale in scales} for kind in ("class", "domain")}
+    return found | {TRAINED_IN: {1.0: measured(TRAINED_IN, "class", 1.0)}}
+
+
+def pictures(pipe: DiffFitDiTPipeline, domains: Sequence[str], folder: Path) -> None:
+    """Samples of the first domain by each kind of guidance, and of all domains in one batch, an adapter per image.
+
+    Those of a column are from one seed.
+    """
+    domain = domains[0]
+    pipe.set_adapters(f"{domain}, {PLAIN}")
+    names = [pipe.id2label[label] for label in sorted(pipe.id2label)]
+    labels = [label for label in range(len(names)) for _ in range(SHOWN)]
+
+    def row(name: str, guidance: str, scale: float) -> Tensor:
+        pipe.set_adapters(f"{domain}, {name}")
+        return sample(pipe, labels, scale, NUM_INFERENCE_STEPS, "Picture", guidance=guidance)
+
+    kinds = {
+        "none": row(PLAIN, "class", 1.0),
+        "class, 2": row(PLAIN, "class", 2.0),
+        "domain, 2": row(PLAIN, "domain", 2.0),
+        TRAINED_IN: row(TRAINED_IN, "class", 1.0),
+    }
+    draw(kinds, names, folder / "guidance_samples.png")
+    batch = [(domain, label) for domain in domains for label in range(2) for _ in range(SHOWN)]
+    images = sample(
+        pipe,
+        [label for _, label in batch],
+        2.0,
+        NUM_INFERENCE_STEPS,
+        "One batch",
+        guidance="domain",
+        adapter_names=[f"{domain}, {PLAIN}" for domain, _ in batch],
+    )
+    draw(
+        {"one batch": images},
+        [f"{domain}, class {label}" for domain, label in batch[::SHOWN]],
+        folder / "one_batch.png",
+    )
 
 
 def main() -> None:
@@ -74,9 +120,10 @@ def main() -> None:
     domains, steps, count = (("near",), 20, 24) if args.short else (("inside", "near", "middle"), STEPS, 200)
     folder = args.work_dir / ("short" if args.short else "long")
     bench = adaptation.Bench(folder, lambda *_: None, classifier_steps=60 if args.short else 600, held_out=100)
-    results = {
-        d: measures(d, bench, steps, args.mixed_precision, count, (1.0, 1.5) if args.short else SCALES) for d in domains
-    }
+    scales = (1.0, 1.5) if args.short else SCALES
+    pipe = pipeline(domains, folder, steps, args.mixed_precision)
+    pictures(pipe, domains, output_dir(args))
+    results = {domain: measures(pipe, domain, bench.judge(domain, 64), count, scales) for domain in domains}
 
     sections = []
     figure = Figure(figsize=(4 * len(results), 3.2), layout="constrained")
@@ -95,11 +142,17 @@ def main() -> None:
         axis.legend()
     precision = "bf16" if args.mixed_precision == "bf16" else "fp32"
     about = (
-        f"Adapters of the bundled base after {steps} steps of 32 in {precision}. {count} samples of 15 steps, made in "
-        "fp32 in one thread, against held-out pictures, by 64 components of EfficientNet-Lite0's features. At scale 1 "
-        "there is no guidance, and one forward a step. Guidance trained in has one forward a step too."
+        f"Adapters of the bundled base after {steps} steps of 32 in {precision}. {count} samples of "
+        f"{NUM_INFERENCE_STEPS} steps, made in fp32 in one thread, against held-out pictures, by 64 components of "
+        "EfficientNet-Lite0's features. At scale 1 there is no guidance, and one forward a step. Guidance trained in "
+        "has one forward a step too."
     )
-    publish(output_dir(args), "guidance", "Guidance", "\n\n".join([about, *sections]), results, figure)
+    shown = (
+        f"Guidance of *{domains[0]}*, the seeds of a column the same: by the class at scale 2, by the base at scale 2, "
+        "trained in.\n\n![By each kind of guidance](guidance_samples.png)\n\nOne batch, an adapter per image, guided by "
+        "the base:\n\n![One batch](one_batch.png)"
+    )
+    publish(output_dir(args), "guidance", "Guidance", "\n\n".join([about, shown, *sections]), results, figure)
 
 
 if __name__ == "__main__":
