@@ -148,7 +148,7 @@ def main() -> None:
         "has one forward a step too."
     )
     shown = (
-        f"Guidance of *{domains[0]}*, the seeds of a column the same: by the class at scale 2, by the base at scale 2, "
+        f"Guidance of *{domains[0]}*, one seed a column: by the class at scale 2, by the base at scale 2, "
         "trained in.\n\n![By each kind of guidance](guidance_samples.png)\n\nOne batch, an adapter per image, guided by "
         "the base:\n\n![One batch](one_batch.png)"
     )
