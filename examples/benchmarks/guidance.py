@@ -149,8 +149,8 @@ def main() -> None:
     )
     shown = (
         f"Guidance of *{domains[0]}*, one seed a column: by the class at scale 2, by the base at scale 2, "
-        "trained in.\n\n![By each kind of guidance](guidance_samples.png)\n\nOne batch, an adapter per image, guided by "
-        "the base:\n\n![One batch](one_batch.png)"
+        "trained in.\n\n![By each kind of guidance](guidance_samples.png)\n\nOne batch, an adapter per image, guided "
+        "by the base:\n\n![One batch](one_batch.png)"
     )
     publish(output_dir(args), "guidance", "Guidance", "\n\n".join([about, shown, *sections]), results, figure)
 

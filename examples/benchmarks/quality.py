@@ -137,6 +137,8 @@ def overview(study: Study, rows: dict[str, Rows]) -> Figure:
     shown = [name for name in ("base", *list(RATES)[:4]) if any(name in made for made in rows.values())]
     figure = Figure(figsize=(2.1 * (len(shown) + 1), 2.2 * len(rows)), dpi=130, layout="constrained")
     axes = figure.subplots(len(rows), len(shown) + 1, squeeze=False)
+    for axis, name in zip(axes[0], [*shown, "real"], strict=True):
+        axis.set_title(name)
     for line, (domain, made) in zip(axes, rows.items(), strict=True):
         for axis, name in zip(line, [*shown, "real"], strict=True):
             tiles = study.real_tiles(domain, OVERVIEW) if name == "real" else None
@@ -144,7 +146,7 @@ def overview(study: Study, rows: dict[str, Rows]) -> Figure:
                 tiles = study.tiles(made[name][0][0], OVERVIEW)
             if tiles:
                 axis.imshow(make_image_grid(tiles, 4, 4), interpolation="nearest")
-            axis.set(xticks=[], yticks=[], title=name if line is axes[0] else "")
+            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(domain)
     return figure
