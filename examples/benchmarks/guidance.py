@@ -119,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)  # so that other work on the machine changes the times little
     domains, steps, count = (("near",), 20, 24) if args.short else (("inside", "near", "middle"), STEPS, 200)
     folder = args.work_dir / ("short" if args.short else "long")
-    bench = adaptation.Bench(folder, lambda *_: None, classifier_steps=60 if args.short else 600, held_out=100)
+    bench = adaptation.Bench(folder, folder, lambda *_: None, classifier_steps=60 if args.short else 600, held_out=100)
     scales = (1.0, 1.5) if args.short else SCALES
     pipe = pipeline(domains, folder, steps, args.mixed_precision)
     pictures(pipe, domains, output_dir(args))
