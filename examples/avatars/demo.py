@@ -84,7 +84,8 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
             if row == 0 and place == SHOWN // 2:
                 axis.set_title(names[group], fontsize=9)
         axes[row, 0].set_ylabel(title, fontsize=9)
-    figure.subplots_adjust(left=0.03, right=0.999, top=0.92, bottom=0.005, wspace=0.03, hspace=0.03)
+    header = 0.228 / figure.get_figheight()  # inches, for the names
+    figure.subplots_adjust(left=0.03, right=0.999, top=1 - header, bottom=0.005, wspace=0.03, hspace=0.03)
     write(path, lambda partial: figure.savefig(partial, format="png"))
 
 

@@ -4,9 +4,11 @@
 
 For each domain of `examples/avatars` an adapter is trained as the demo trains it, and another with guidance by the base
 trained in (`--guidance_loss_scale 1.5`), which samples in one forward a step in the place of two. Samples at several
-guidance scales are compared with held-out pictures. Adapters are kept in `--work_dir`, and measured again from there.
+guidance scales are compared with held-out pictures. Adapters and measures are kept in `--work_dir`: what is there is
+not done again.
 """
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 import adaptation
 import torch
 from difffit_peft import DiffFitDiTPipeline
+from difffit_peft.files import write
 from difffit_peft.training.scripts import run_script
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
@@ -92,21 +95,14 @@ def pictures(pipe: DiffFitDiTPipeline, domains: Sequence[str], folder: Path) -> 
         TRAINED_IN: row(TRAINED_IN, "class", 1.0),
     }
     draw(kinds, names, folder / "guidance_samples.png")
-    batch = [(domain, label) for domain in domains for label in range(2) for _ in range(SHOWN)]
-    images = sample(
-        pipe,
-        [label for _, label in batch],
-        2.0,
-        NUM_INFERENCE_STEPS,
-        "One batch",
-        guidance="domain",
-        adapter_names=[f"{domain}, {PLAIN}" for domain, _ in batch],
-    )
-    draw(
-        {"one batch": images},
-        [f"{domain}, class {label}" for domain, label in batch[::SHOWN]],
-        folder / "one_batch.png",
-    )
+    names, labels, adapters = [], [], []
+    for domain in domains:
+        pipe.set_adapters(f"{domain}, {PLAIN}")
+        names += [f"{domain}: {pipe.id2label[label]}" for label in range(2)]
+        labels += [label for label in range(2) for _ in range(SHOWN)]
+        adapters += [f"{domain}, {PLAIN}"] * 2 * SHOWN
+    images = sample(pipe, labels, 2.0, NUM_INFERENCE_STEPS, "One batch", guidance="domain", adapter_names=adapters)
+    draw({"one batch": images}, names, folder / "one_batch.png")
 
 
 def main() -> None:
@@ -123,7 +119,14 @@ def main() -> None:
     scales = (1.0, 1.5) if args.short else SCALES
     pipe = pipeline(domains, folder, steps, args.mixed_precision)
     pictures(pipe, domains, output_dir(args))
-    results = {domain: measures(pipe, domain, bench.judge(domain, 64), count, scales) for domain in domains}
+    results: dict[str, Measures] = {}
+    for domain in domains:
+        path = folder / f"{domain}.json"
+        if not path.exists():
+            text = json.dumps(measures(pipe, domain, bench.judge(domain, 64), count, scales))
+            write(path, lambda partial, text=text: partial.write_text(text))
+        kept = json.loads(path.read_text())
+        results[domain] = {kind: {float(scale): m for scale, m in of.items()} for kind, of in kept.items()}
 
     sections = []
     figure = Figure(figsize=(4 * len(results), 3.2), layout="constrained")
