@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 from huggingface_hub import HfApi, create_repo, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from . import loader
 from .components import ACTIVE, ADAPTERS, activate, attach, models, refuse_others, save_pipeline, saved_adapters
@@ -20,8 +19,8 @@ from .reading import (
     adapter_folder,
     cached_commit,
     check_base_model_id,
-    hub_file,
     local_path,
+    pipeline_index,
     read_adapter,
 )
 
@@ -49,16 +48,10 @@ def _load(load: Callable[..., Any], pretrained_model_name_or_path: str | os.Path
     path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
     hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
     revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
-    local = local_path(path, revision)
-    if local is not None:
-        is_pipeline = (local / PIPELINE_INDEX).is_file()
-    else:
-        try:
-            index = hub_file(path, PIPELINE_INDEX, revision=revision, **hub)
-            is_pipeline, revision = True, cached_commit(index) or revision  # all files of one commit
-        except EntryNotFoundError:
-            is_pipeline = False
-    if subfolder or not is_pipeline:
+    local, index = local_path(path, revision), pipeline_index(path, revision, **hub)
+    if local is None and index is not None:
+        revision = cached_commit(index) or revision  # all files of one commit
+    if subfolder or index is None:
         config, weights = read_adapter(adapter_folder(path, subfolder, revision, **hub))
         if not config.base_model_name_or_path:
             raise ValueError(

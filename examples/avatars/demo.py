@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.files import write
-from difffit_peft.training.scripts import positive_int, run_script
+from difffit_peft.training.scripts import finite_float, positive_float, positive_int, run_script, user_path
 from diffusers import DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure
@@ -107,12 +107,12 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--base", type=Path, default=HERE / "base")
+    parser.add_argument("--output_dir", type=user_path, default=Path("demo"))
+    parser.add_argument("--base", type=user_path, default=HERE / "base")
     parser.add_argument("--domain", choices=list(DOMAINS), default="inside")
     parser.add_argument("--max_train_steps", type=positive_int, default=STEPS)
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--learning_rate", type=positive_float, default=LEARNING_RATE)
+    parser.add_argument("--guidance_scale", type=finite_float, default=2.0)
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
     args = parser.parse_args()
 

@@ -9,12 +9,11 @@ guidance scales are compared with held-out pictures. Adapters are kept in `--wor
 
 import sys
 import time
-from pathlib import Path
 
 import adaptation
 import torch
 from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import run_script, user_path
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, publish, table
@@ -56,7 +55,7 @@ def measures(domain: str, bench: adaptation.Bench, steps: int, count: int, scale
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--work_dir", type=Path, default=ROOT / "runs/guidance", help="where adapters are kept")
+    arguments.add_argument("--work_dir", type=user_path, default=ROOT / "runs/guidance", help="where adapters are kept")
     args = arguments.parse_args()
     domains, steps, count = (("near",), 20, 24) if args.short else (("inside", "near", "middle"), STEPS, 200)
     folder = args.work_dir / ("short" if args.short else "long")

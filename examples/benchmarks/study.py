@@ -17,6 +17,7 @@ import adaptation
 import PIL.Image
 import torch
 from adaptation import Bench, Run
+from difffit_peft.training.scripts import user_path
 from diffusers import DiTTransformer2DModel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
@@ -268,7 +269,9 @@ def execute(
         report: publishes a study's results to a folder.
     """
     arguments = parser(description)
-    arguments.add_argument("--work_dir", type=Path, help="where runs are kept; default: runs/quality or quality-short")
+    arguments.add_argument(
+        "--work_dir", type=user_path, help="where runs are kept; default: runs/quality or quality-short"
+    )
     arguments.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where it is faster")
     arguments.add_argument("--report", action="store_true", help="make no runs: report those that are made")
     arguments.add_argument("--domain", choices=long.domains, help=argparse.SUPPRESS)  # make its runs, and no report
