@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import HfApi, create_repo
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -116,7 +117,7 @@ def attach(
             model = PeftModel(getattr(pipe, component), config, adapter_name)
             setattr(pipe, component, model)
         if type(pipe).save_pretrained is diffusers.DiffusionPipeline.save_pretrained:  # which leaves out a PeftModel
-            pipe.save_pretrained = partial(save_pipeline, pipe)
+            pipe.save_pretrained, pipe.push_to_hub = partial(save_pipeline, pipe), partial(push_pipeline, pipe)
     else:
         model.add_adapter(adapter_name, config)
     try:
@@ -171,7 +172,8 @@ def take_off(pipe: Any, component: str) -> None:
     with _not_offloaded(pipe):
         setattr(pipe, component, models(pipe)[component].unload())
     if not models(pipe):
-        vars(pipe).pop("save_pretrained", None)
+        for verb in ("save_pretrained", "push_to_hub"):
+            vars(pipe).pop(verb, None)
 
 
 def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -223,6 +225,30 @@ def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -
         write(folder / ACTIVE, lambda partial: partial.write_text(json.dumps(active)))
     else:
         folder.joinpath(ACTIVE).unlink(missing_ok=True)
+
+
+def push_pipeline(
+    pipe: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **kwargs: Any,
+) -> str:
+    """Uploads what `save_pretrained` writes, in one commit: `load_pipeline(repo_id)` gives it back.
+
+    Keyword arguments as for every pipeline of Diffusers. While a stock pipeline has adapters that `load_adapter`
+    loaded, its own `push_to_hub` is this.
+
+    Raises:
+        ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
+        HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
+    """
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
+    there = {part[1] for part in parts if part[0] == ADAPTERS and len(part) > 2}
+    refuse_others(repo_id, there, saved_adapters(pipe))
+    return diffusers.DiffusionPipeline.push_to_hub(pipe, repo_id, commit_message, private, token, **kwargs)
 
 
 def saved_adapters(pipe: Any) -> dict[str, tuple[PeftModel, str]]:

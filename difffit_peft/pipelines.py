@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub import HfApi, create_repo, snapshot_download
+from huggingface_hub import snapshot_download
 
 from . import loader
-from .components import ACTIVE, ADAPTERS, activate, attach, models, refuse_others, save_pipeline, saved_adapters
+from .components import ACTIVE, ADAPTERS, activate, attach, models, push_pipeline, save_pipeline, saved_adapters
 from .merging import check_names
 from .reading import (
     PIPELINE_INDEX,
@@ -112,6 +112,7 @@ class DiffFitLoaderMixin:
     save_difffit_weights = loader.save_adapter
     push_difffit_to_hub = loader.push_adapter
     save_pretrained = save_pipeline
+    push_to_hub = push_pipeline
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -120,25 +121,3 @@ class DiffFitLoaderMixin:
         As `load_pipeline`, which takes the class that the pipeline names.
         """
         return _load(super().from_pretrained, pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Uploads what `save_pretrained` writes, in one commit: `from_pretrained(repo_id)` gives it back.
-
-        Keyword arguments as for every pipeline of Diffusers.
-
-        Raises:
-            ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
-            HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
-        """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
-        there = {part[1] for part in parts if part[0] == ADAPTERS and len(part) > 2}
-        refuse_others(repo_id, there, saved_adapters(self))
-        return super().push_to_hub(repo_id, commit_message, private, token, **kwargs)  # type: ignore[misc]

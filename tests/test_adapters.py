@@ -158,6 +158,19 @@ def test_unload_leaves_no_trace(adapter, tmp_path, inputs):
     assert_equal(state(DiTTransformer2DModel.from_pretrained(tmp_path / "base")), before)
 
 
+@pytest.mark.parametrize("name", ["v1.0", ""])
+def test_names_that_are_none_to_pytorch(dit, name):
+    with pytest.raises(
+        ValueError, match=f"adapter_name='{name}': PyTorch allows no dot in it, and it must not be empty"
+    ):
+        get_peft_model(dit, DiffFitConfig(), name)
+    assert [*dit.state_dict()] == [*make_dit().state_dict()]
+    model = get_peft_model(dit, DiffFitConfig())
+    with pytest.raises(ValueError, match="PyTorch allows no dot"):
+        model.add_adapter(name, DiffFitConfig())
+    assert [*model.peft_config] == ["default"]
+
+
 @pytest.mark.parametrize("name", ["0", "attn1", "linear", "model", "norm1_emb", "difffit_delta", "bias"])
 def test_names_of_modules_are_not_names_of_adapters(dit, name, tmp_path):
     """PEFT 0.21 would save the other adapters without those modules, which is seen when they are loaded."""

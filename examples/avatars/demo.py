@@ -29,7 +29,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_difffit  # noqa: E402
 
-NULL_CLASS = 1000
 STEPS, LEARNING_RATE = 700, 8e-3
 HELD_OUT = 60  # of each class, and as many samples
 CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
@@ -131,7 +130,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
     how = (args.guidance_scale, args.num_inference_steps)
-    like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
+    null = pipe.transformer.config.num_embeds_ada_norm
+    like = [BASE.index(style) if style in BASE else null for style, _ in new]
     before = sample(pipe, [like[label] for label in labels], *how, "Sampling the base")
     pipe.load_difffit_weights(adapter)
     after = sample(pipe, labels, *how, "Sampling the adapted model", guidance="domain")
