@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from . import loader
 from .components import ACTIVE, ADAPTERS, activate, attach, models, push_pipeline, save_pipeline, saved_adapters
@@ -48,7 +49,11 @@ def _load(load: Callable[..., Any], pretrained_model_name_or_path: str | os.Path
     path, names = os.fspath(pretrained_model_name_or_path), ("cache_dir", "token", "local_files_only")
     hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
     revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
-    local, index = local_path(path, revision), pipeline_index(path, revision, **hub)
+    local = local_path(path, revision)
+    try:
+        index = pipeline_index(path, revision, **hub)
+    except LocalEntryNotFoundError:  # but an adapter may be in the cache
+        index = None
     if local is None and index is not None:
         revision = cached_commit(index) or revision  # all files of one commit
     if subfolder or index is None:

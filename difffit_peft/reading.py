@@ -89,6 +89,8 @@ def pipeline_index(path: str | os.PathLike, revision: str | None = None, **hub: 
         return local / PIPELINE_INDEX if (local / PIPELINE_INDEX).is_file() else None
     try:
         return hub_file(os.fspath(path), PIPELINE_INDEX, revision=revision, **hub)
+    except LocalEntryNotFoundError:  # the Hub cannot be asked
+        raise
     except EntryNotFoundError:
         return None
 

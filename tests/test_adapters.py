@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import difffit_peft
 from difffit_peft import DiffFitConfig, DiffFitLayer
+from difffit_peft.config import nearest
 from difffit_peft.publishing import base_model_id, base_parameters
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
@@ -156,6 +157,11 @@ def test_unload_leaves_no_trace(adapter, tmp_path, inputs):
     assert not dit._forward_pre_hooks and not dit._forward_pre_hooks_with_kwargs
     dit.save_pretrained(tmp_path / "base")
     assert_equal(state(DiTTransformer2DModel.from_pretrained(tmp_path / "base")), before)
+
+
+def test_who_gives_a_name_is_not_asked_whether_it_was_meant():
+    assert nearest("fix", ["fox", "owl"]) == " Did you mean 'fox'?"
+    assert nearest("fox", ["fox", "fix"]) == nearest("fox", []) == ""
 
 
 @pytest.mark.parametrize("name", ["v1.0", ""])
