@@ -107,9 +107,9 @@ def attach(
     check_free(pipe, adapter_name, component)
     if any(parameter.is_meta for parameter in _base(pipe, component).parameters()):
         raise ValueError(
-            f"The weights of {component} are not where they are computed with: enable_sequential_cpu_offload() keeps "
-            "them elsewhere, and an adapter would be lost. Use enable_model_cpu_offload(), or load and fuse the "
-            "adapter first."
+            f"The weights of {component} are not where they are computed with: enable_sequential_cpu_offload(), or a "
+            "device_map, keeps them elsewhere, and an adapter would be lost. Use enable_model_cpu_offload(), or load "
+            "and fuse the adapter first."
         )
     config.inference_mode, config.component, model = True, component, adapted.get(component)
     if model is None:
