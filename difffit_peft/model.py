@@ -169,8 +169,6 @@ class DiffFitModel(PlacedModules, BaseTuner):
             raise ValueError(f"weights={weights}: must be one finite number for each of the {len(adapters)} adapters.")
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
-        if not adapter_name or "." in adapter_name:
-            raise ValueError(f"adapter_name={adapter_name!r}: PyTorch allows no dot in it.")
         whole = [name for name in adapters if self.peft_config[name].modules_to_save]
         if whole:
             raise ValueError(f"The adapter {whole[0]!r} has modules_to_save, which are saved whole and do not blend.")
@@ -310,10 +308,11 @@ def _check_not_adapted(model: nn.Module, adapter_name: str) -> None:
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuses the name of a module: peft 0.21 saves every other adapter without the weights that have it in their name.
-
-    See https://github.com/huggingface/peft/issues/3584.
+    """Refuses what PyTorch takes for no name, and the name of a module: peft 0.21 saves every other adapter without the
+    weights that have it in their name. See https://github.com/huggingface/peft/issues/3584.
     """
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r}: PyTorch allows no dot in it, and it must not be empty.")
     ours = {"model", "modules_to_save", *DiffFitLayer.adapter_layer_names, *family_of(model).added_modules}
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     if adapter_name in ours | parts:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import difffit_peft
 from difffit_peft import DiffFitConfig, DiffFitLayer
+from difffit_peft.config import nearest
 from difffit_peft.publishing import base_model_id, base_parameters
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
@@ -156,6 +157,24 @@ def test_unload_leaves_no_trace(adapter, tmp_path, inputs):
     assert not dit._forward_pre_hooks and not dit._forward_pre_hooks_with_kwargs
     dit.save_pretrained(tmp_path / "base")
     assert_equal(state(DiTTransformer2DModel.from_pretrained(tmp_path / "base")), before)
+
+
+def test_who_gives_a_name_is_not_asked_whether_it_was_meant():
+    assert nearest("fix", ["fox", "owl"]) == " Did you mean 'fox'?"
+    assert nearest("fox", ["fox", "fix"]) == nearest("fox", []) == ""
+
+
+@pytest.mark.parametrize("name", ["v1.0", ""])
+def test_names_that_are_none_to_pytorch(dit, name):
+    with pytest.raises(
+        ValueError, match=f"adapter_name='{name}': PyTorch allows no dot in it, and it must not be empty"
+    ):
+        get_peft_model(dit, DiffFitConfig(), name)
+    assert [*dit.state_dict()] == [*make_dit().state_dict()]
+    model = get_peft_model(dit, DiffFitConfig())
+    with pytest.raises(ValueError, match="PyTorch allows no dot"):
+        model.add_adapter(name, DiffFitConfig())
+    assert [*model.peft_config] == ["default"]
 
 
 @pytest.mark.parametrize("name", ["0", "attn1", "linear", "model", "norm1_emb", "difffit_delta", "bias"])

@@ -164,6 +164,8 @@ def test_a_pipeline_is_saved_with_its_adapters(hub, name, pipe, tmp_path):
     pipe.push_to_hub(f"me/{name}-both")
     assert torch.equal(picture(difffit_peft.load_pipeline(f"me/{name}-both", cache_dir=tmp_path / "cache")), blended)
     difffit_peft.fuse_adapters(pipe)
+    with pytest.raises(ValueError, match=rf"me/{name}-both holds the adapters \['a', 'b'\]"):
+        pipe.push_to_hub(f"me/{name}-both")  # they would be loaded beside themselves
     pipe.save_pretrained(tmp_path / "fused")
     assert torch.equal(picture(DiffusionPipeline.from_pretrained(tmp_path / "fused")), picture(pipe))
 

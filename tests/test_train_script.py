@@ -198,9 +198,11 @@ def test_a_base_with_adapters_is_refused(script, workdir, result):
 def test_accumulated_steps_bf16_int8_and_no_average(script, workdir, capsys):
     flags = ("--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--no-use_ema", "--no-random_flip")
     flags += ("--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--num_validation_images", "1")
-    flags += ("--base_precision", "int8")
+    flags += ("--base_precision", "int8", "--checkpointing_steps", "4")
     result = run(script, workdir, "bf16", *flags, "--validation_labels", "cow", "0")
     assert result.steps == STEPS
+    schedule = torch.load(result.output_dir / "checkpoint-4" / "state.pt")["lr_scheduler"]
+    assert schedule["last_epoch"] == STEPS and schedule["_last_lr"] == [0]  # a step of it for each of the optimizer
     assert "in bf16, its blocks in int8: 4 steps" in capsys.readouterr().out
     assert PIL.Image.open(result.grids[-1]).size == (16, 2 * 16)
     adapter = load_file(result.output_dir / "adapter_model.safetensors")
@@ -270,8 +272,14 @@ def test_a_checkpoint_is_the_adapter_of_its_step(script, workdir):
 
 def test_the_home_folder(script, workdir, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/someone")
-    args = script.parse_args([*arguments(workdir, "x"), "--output_dir=~/adapter"])
-    assert args.output_dir == Path("/home/of/someone/adapter")
+    flags = ["--output_dir=~/adapter", "--cache_dir=~/cache", "--resume_from_checkpoint=~/adapter/checkpoint-4"]
+    args = script.parse_args([*arguments(workdir, "x"), *flags])
+    assert args.output_dir == Path("/home/of/someone/adapter") and args.cache_dir == Path("/home/of/someone/cache")
+    assert args.resume_from_checkpoint == Path("/home/of/someone/adapter/checkpoint-4")
+    assert (
+        script.parse_args([*arguments(workdir, "x"), "--resume_from_checkpoint", "latest"]).resume_from_checkpoint
+        == "latest"
+    )
 
 
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.files import write
-from difffit_peft.training.scripts import positive_int, run_script
+from difffit_peft.training.scripts import finite_float, positive_float, positive_int, run_script, user_path
 from diffusers import DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure
@@ -28,7 +28,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_difffit  # noqa: E402
 
-NULL_CLASS = 1000
 STEPS, LEARNING_RATE = 700, 8e-3
 HELD_OUT = 60  # of each class, and as many samples
 CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
@@ -91,12 +90,13 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--base", type=Path, default=HERE / "base")
+    parser.add_argument("--output_dir", type=user_path, default=Path("demo"))
+    parser.add_argument("--base", type=user_path, default=HERE / "base")
     parser.add_argument("--domain", choices=list(DOMAINS), default="inside")
     parser.add_argument("--max_train_steps", type=positive_int, default=STEPS)
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--learning_rate", type=positive_float, default=LEARNING_RATE)
+    parser.add_argument("--guidance_scale", type=finite_float, default=2.0)
+    parser.add_argument("--guidance", choices=["class", "domain"], default="domain", help="of the adapted model")
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
     args = parser.parse_args()
 
@@ -114,10 +114,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
     how = (args.guidance_scale, args.num_inference_steps)
-    like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
+    null = pipe.transformer.config.num_embeds_ada_norm
+    like = [BASE.index(style) if style in BASE else null for style, _ in new]
     before = sample(pipe, [like[label] for label in labels], *how, "Sampling the base")
     pipe.load_difffit_weights(adapter)
-    after = sample(pipe, labels, *how, "Sampling the adapted model", guidance="domain")
+    after = sample(pipe, labels, *how, "Sampling the adapted model", guidance=args.guidance)
 
     picture = args.output_dir / "before_after.png"
     shown = [label * HELD_OUT + seed for label in range(len(new)) for seed in range(SHOWN)]

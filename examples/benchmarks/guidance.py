@@ -18,7 +18,7 @@ import adaptation
 import torch
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.files import write
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import run_script, user_path
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, publish, table
@@ -107,7 +107,7 @@ def pictures(pipe: DiffFitDiTPipeline, domains: Sequence[str], folder: Path) -> 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--work_dir", type=Path, default=ROOT / "runs/guidance", help="where adapters are kept")
+    arguments.add_argument("--work_dir", type=user_path, default=ROOT / "runs/guidance", help="where adapters are kept")
     arguments.add_argument(
         "--mixed_precision", choices=["no", "bf16"], default="no", help="of training: bf16 where it is faster"
     )

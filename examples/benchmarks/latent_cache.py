@@ -18,7 +18,7 @@ from difffit_peft.training.images import load_labelled_images, to_pixels
 from difffit_peft.training.latents import encode_latents
 from difffit_peft.training.losses import diffusion_loss
 from difffit_peft.training.sampling import draw, sample_latents
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import positive_int, run_script
 from diffusers import DDPMScheduler, DiTPipeline
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -29,9 +29,9 @@ AVATARS = Path(__file__).resolve().parents[1] / "avatars"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_images", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_images", type=positive_int, default=256)
+    parser.add_argument("--epochs", type=positive_int, default=10)
+    parser.add_argument("--batch_size", type=positive_int, default=64)
     args = parser.parse_args()
 
     pipe = DiTPipeline.from_pretrained(AVATARS / "base", dtype=torch.float32)

@@ -37,7 +37,7 @@ matplotlib.use("Agg")
 import psutil
 import torch
 from difffit_peft.files import write
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import run_script, user_path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--short", action="store_true", help="a short form, for a first look: more noise, fewer cases")
     result.add_argument(
         "--output_dir",
-        type=Path,
+        type=user_path,
         help="for JSON, plots and tables; the targets go to the page beside it, OUTPUT_DIR.md (default: docs/results, "
         "or runs/benchmarks with --short)",
     )

@@ -13,6 +13,7 @@ import adaptation
 import PIL.Image
 import torch
 from adaptation import Bench, Run
+from difffit_peft.training.scripts import user_path
 from diffusers import DiTTransformer2DModel
 from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, spread, table
@@ -300,7 +301,7 @@ def execute(
     """
     arguments = parser(description)
     arguments.add_argument(
-        "--cache_dir", type=Path, default=ROOT / "runs/study", help="for images, latents, classifiers"
+        "--cache_dir", type=user_path, default=ROOT / "runs/study", help="for images, latents, classifiers"
     )
     arguments.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where it is faster")
     arguments.add_argument("--report", action="store_true", help="make no runs: report those that are made")
