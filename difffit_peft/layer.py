@@ -68,7 +68,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         self.in_features, self.out_features = features(layer)
         self._value_shape = value_shape(layer)
         for kind in self.adapter_layer_names:
-            setattr(self, kind, nn.ParameterDict())
+            setattr(self, kind, {})  # a module once there is something in it: every walk over a model visits modules
         self._init_scales()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -92,6 +92,8 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         It starts from γ = 1, δ = 0 and B = 0, or from random values if `config.init_weights` is False.
         """
         for kind, shape in self.shapes(self.get_base_layer(), config, **target).items():
+            if not getattr(self, kind):
+                setattr(self, kind, nn.ParameterDict())
             getattr(self, kind)[adapter_name] = nn.Parameter(_initial(kind, shape, config.init_weights))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_scale(adapter_name, 1)

@@ -89,18 +89,30 @@ class DiffFitModel(PlacedModules, BaseTuner):
         layer = target if isinstance(target, DiffFitLayer) else layer_class(target)(target)
         layer.update_layer(adapter_name, peft_config, **vars(self._planned[current_key]))
         layer.tied = tied_parameters(current_key, layer.get_base_layer(), self._owners)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # as peft 0.21 does it, which walks over the model seven times
+        own = [p for layer in self._difffit_layers() for kind in layer.adapter_layer_names
+               for p in getattr(layer, kind).values()]  # fmt: skip
+        whole = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        kept = {id(p) for p in own} | {id(p) for module in whole for p in module.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad = False
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DiffFitConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # peft 0.21 leaves weights that the file lacks at their initial values, and ignores those it has too many
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # peft 0.21 leaves weights that the file lacks at their initial values, and ignores those it has too many. Its
+        # own mapping of names takes four walks over the model.
         names = [name for name, _ in model.named_parameters() if f".{cls.prefix}" in name]
         expected = {name for name in names if name.endswith(f".{adapter_name}")}
+        of_file = {name.removesuffix(f".{adapter_name}"): name for name in expected}
+        of_file |= {f"base_model.model.{name}": own for name, own in of_file.items()}  # if in no PeftModel
+        remapped = {of_file.get(name, name): tensor for name, tensor in state_dict.items()}
         found = {name for name in remapped if f".{cls.prefix}" in name}
         check_weight_names(expected, found)
         forget_parameters(model, config, adapter_name, expected - found)

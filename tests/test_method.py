@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 from difffit_peft.base_layers import takes_bias
+from difffit_peft.families.dit.conditioning import _equal
 
 EVERYWHERE = {"gamma_modules": ".*"}
 
@@ -598,6 +599,24 @@ def test_embedders_that_differ_are_left_alone(dit, inputs):
         model = get_peft_model(dit, DiffFitConfig())
     assert torch.equal(outputs(model, inputs), expected)
     assert sum("embedding_table.difffit_delta" in name for name, _ in model.named_parameters()) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 8])
+def test_embedders_are_compared_bit_by_bit(dtype, size):
+    """Also where they lie at odd places of a mapped file, and the size is no multiple of eight bytes."""
+
+    def module(values):
+        linear = torch.nn.Linear(size, 1, bias=False)
+        linear.weight = torch.nn.Parameter(values.view(1, size))
+        return linear
+
+    one = torch.randn(size).to(dtype)
+    other = torch.cat([torch.zeros(1, dtype=dtype), one])[1:]
+    assert _equal(module(one), module(other))
+    other[-1] += 1
+    assert not _equal(module(one), module(other))
+    assert not _equal(module(one), module(one.double()))
 
 
 def test_a_larger_grid_uses_positions_of_the_old_one():

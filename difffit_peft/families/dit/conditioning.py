@@ -105,4 +105,12 @@ def _equal_values(a: Any, b: Any) -> bool:
         return type(a) is type(b) and all(_equal_values(getattr(a, name), getattr(b, name)) for name in names)
     if not isinstance(a, torch.Tensor):  # what quantised layers keep beside their tensors
         return a == b
-    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a.is_meta or b.is_meta or torch.equal(_words(a), _words(b))
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor, eight bytes at a time where they are aligned so: to compare them, its load is all it takes."""
+    bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+    return bits.view(torch.int64) if bits.numel() % 8 == bits.storage_offset() % 8 == 0 else bits
