@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import device  # noqa: E402
 import inference  # noqa: E402
+import latent_cache  # noqa: E402
 import methods  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
@@ -199,3 +200,10 @@ def test_methods_of_peft_train_the_same_class_rows():
     full = methods.adapt("full", make_dit(), num_classes=5)
     table = full.norm1_emb.class_embedder.embedding_table.weight
     assert torch.equal(table[:5], table[-1:].expand(5, -1)) and not torch.equal(table[5], table[-1])
+
+
+def test_the_loader_is_measured_on_what_a_run_loads_from():
+    found = latent_cache.loading(10, 2, make_dit(num_layers=1, sample_size=8), batch=4)
+    assert (found["images"], len(found["opening"]), len(found["batches"]), len(found["steps"])) == (10, 2, 3, 2)
+    assert latent_cache.share(found | {"batches": [0.001, 0.002, 0.5], "steps": [0.4, 0.2]}) == pytest.approx(0.2 / 0.3)
+    assert latent_cache.loading_table([found | {"images": 200_000}]).splitlines()[2].startswith("| 200,000 | ")

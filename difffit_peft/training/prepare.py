@@ -112,7 +112,7 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
 
 
 def make_loader(train: Dataset, batch_size: int, num_samples: int, seed: int, num_workers: int = 0) -> DataLoader:
-    """Batches of a whole run, a new order each epoch: one pass over them, so that each is full, however few the images."""
+    """Batches of a whole run, a new order each epoch: one pass, so that each is full, however few the images."""
     order = RandomSampler(train, num_samples=num_samples, generator=torch.Generator().manual_seed(seed))
     return DataLoader(train, batch_size, sampler=order, num_workers=num_workers)
 

@@ -8,12 +8,12 @@
   of the size that the bundled base takes: seconds to open the data set with an empty cache and again with a full one;
   seconds to load a batch of 64, over an epoch; those of a training step of the bundled base on such a batch; and by how
   much the process's anonymous memory has grown after the epoch. (Latents are mapped from disk: pages of the file come
-  and go, and are not counted.) Each in a fresh process, with one thread.
+  and go, and are not counted.) Each in a fresh process.
 """
 
 from __future__ import annotations
 
-import platform
+import os
 import statistics
 import tempfile
 import time
@@ -121,7 +121,6 @@ def seconds_of_steps(model: nn.Module, loader: DataLoader) -> list[float]:
 
 def loading(num_images: int, num_steps: int, model: nn.Module | None = None, batch: int = BATCH) -> dict[str, Any]:
     """What it takes to open, load and train on so many images; for a fresh process. `None`: the bundled base."""
-    torch.set_num_threads(1)
     if model is None:
         model = DiTPipeline.from_pretrained(AVATARS / "base", dtype=torch.float32).transformer
     vae, resolution = tiny_vae(model.config.in_channels), 2 * model.config.sample_size
@@ -179,19 +178,26 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     folder = output_dir(args)
     num_images, epochs, counts, num_steps = (64, 1, (100, 2_000), 3) if args.short else (256, 10, (1_000, 200_000), 10)
+    os.environ["OMP_NUM_THREADS"] = "2"  # of the processes started here, as in the other benchmarks
+    torch.set_num_threads(2)
     seconds = worth(num_images, epochs)
     once = seconds["encoding once"] + seconds["cached"]
     results = [in_fresh_process(loading, count, num_steps) for count in counts]
     most = f"{counts[-1]:,} images"
+    about = (
+        f"{epochs} epochs of {num_images} images on the bundled base: {seconds['encoding']:.1f} s if every batch is "
+        f"encoded, {once:.1f} s if all are encoded once ({seconds['encoding once']:.1f} s of them): "
+        f"{seconds['encoding'] / once:.2f} times as fast."
+    )
+    loads = (
+        "Synthetic images through the loader of the training scripts, without worker processes; the step is one of the "
+        "bundled base in float32:"
+    )
     publish(
         folder,
         "latent_cache",
         "Latents that are encoded once",
-        f"{epochs} epochs of {num_images} images on the bundled base, {platform.machine()}: {seconds['encoding']:.1f} s "
-        f"if every batch is encoded, {once:.1f} s if all are encoded once ({seconds['encoding once']:.1f} s of them): "
-        f"{seconds['encoding'] / once:.2f} times as fast.\n\nSynthetic images through the loader of the training "
-        "scripts, without worker processes, one thread; the step is one of the bundled base in float32:\n\n"
-        + loading_table(results),
+        "\n\n".join([about, loads, loading_table(results)]),
         {"worth": seconds, "loading": results},
         targets=[
             target(f"of a step, waiting for the loader, {most}, %", "≤", 1, share(results[-1])),

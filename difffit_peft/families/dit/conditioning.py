@@ -107,10 +107,12 @@ def _equal_values(a: Any, b: Any) -> bool:
         return a == b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return a.is_meta or b.is_meta or torch.equal(_words(a), _words(b))
+    return a.is_meta or b.is_meta or _same_bits(a, b)
 
 
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor, eight bytes at a time where they are aligned so: to compare them, its load is all it takes."""
-    bits = tensor.detach().contiguous().flatten().view(torch.uint8)
-    return bits.view(torch.int64) if bits.numel() % 8 == bits.storage_offset() % 8 == 0 else bits
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compares eight bytes at a time where both lie so: halves are several times as fast as by their values."""
+    bits = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (a, b)]
+    if all(part.numel() % 8 == part.storage_offset() % 8 == 0 for part in bits):
+        bits = [part.view(torch.int64) for part in bits]
+    return torch.equal(*bits)
