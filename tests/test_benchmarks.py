@@ -1,6 +1,8 @@
 """What the benchmarks stand on: the methods compared, and the page that results are written to."""
 
 import dataclasses
+import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -169,6 +171,27 @@ def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size(tiny, benchmark, args, 
     lines = device.device_table("32 pixels", reference, {2: results, 4: dict.fromkeys(results)}).splitlines()
     assert lines[0] == "| 32 pixels | batch 2 | batch 4 | within 24 GB | within 80 GB |"
     assert "(1.00x, " in lines[2] and "does not fit" in lines[3] and lines[3].endswith(" at 2 |")
+
+
+def test_the_long_form_measures_every_target_or_says_what_would(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_speed, "product_seconds", lambda dtype: 1.0)  # on every machine, bf16 is timed
+    monkeypatch.setattr(training_speed, "in_fresh_process", lambda function, *args: function(*args))
+    readings = itertools.count()
+    monkeypatch.setattr(training_speed, "resident", lambda field: next(readings))
+    monkeypatch.setattr(training_speed, "DEPTHS", (1, 2))
+    monkeypatch.setattr(training_speed, "FULL_DEPTH", 3)
+    monkeypatch.setattr(training_speed, "ALL", training_speed.OF_TARGETS)
+    monkeypatch.setattr(training_speed, "PROFILED", ["floor"])
+    monkeypatch.setattr(sys, "argv", ["training_speed.py", "--output_dir", str(tmp_path), "--rounds", "2", "2"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    training_speed.main()
+    targets = {t["what"]: t for t in json.loads((tmp_path / "training_speed.json").read_text())["targets"]}
+    for what in ("of what can be had, full ÷ DiffFit by full ÷ floor", "DiffFit ÷ BitFit, seconds per step"):
+        for precision in ("fp32", "bf16"):
+            assert all(targets[f"{what}, {precision}{w}"]["measured"] for w in ("", ", batch 16", ", 3 blocks"))
+    unmeasured = {what: t["unmeasured"] for what, t in targets.items() if t["measured"] is None}
+    assert unmeasured == dict.fromkeys(training_speed.OF_A_GPU, "needs a GPU: `training_speed.py --device cuda`")
+    assert "| needs a GPU: " in report.targets_table(targets.values())
 
 
 @torch.no_grad()
