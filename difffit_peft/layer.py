@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, value_shape
+from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, takes_gamma, value_shape
 from .config import DiffFitConfig
 from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .row_scales import is_quantised, row_scales, scaled
 from .scales import Scales
-from .times_gamma import TimesGamma
+from .times_gamma import LinearTimesGamma, TimesGamma
 
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
@@ -144,7 +144,11 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         if delta is not None and adapter_names is None and is_plain_linear(layer):
             # W x + (b + δ): the sum of two vectors rather than a pass over the activations
             plain = True
-            y, delta = linear(x, layer, delta if layer.bias is None else layer.bias + delta), None
+            bias, delta = delta if layer.bias is None else layer.bias + delta, None
+            if gamma is not None and gamma.requires_grad and not self.difffit_A and takes_gamma(layer, x):
+                dtype = layer.weight.dtype
+                return LinearTimesGamma.apply(x, layer.weight, bias.to(dtype), gamma.to(dtype))
+            y = linear(x, layer, bias)
         else:
             y = layer(x, *args, **kwargs)
         # in the dtype of the activations, so that a half-precision base stays at half the memory

@@ -260,6 +260,12 @@ def test_gamma_has_second_derivatives_and_forward_ones():
         for name, transform in transforms.items():
             torch.testing.assert_close(transform(ours), transform(plain), msg=name)
 
+    def of_weight(weight):
+        return functional_call(layer, {"base_layer.weight": weight}, (x,))
+
+    _, found = jvp(of_weight, (weight,), (torch.ones_like(weight),))
+    torch.testing.assert_close(found, (gamma * x.sum(-1, keepdim=True)).expand_as(found))
+
 
 def test_gradient_penalties_and_gradients_per_sample(dit, inputs):
     dit, positions = dit.double(), dit.pos_embed.pos_embed.double()
@@ -652,13 +658,40 @@ def test_scale_factors_keep_no_activations_of_their_own():
     assert extra < 4 * 1.5 * activation  # 4 blocks, where one y for each γ would be 9 activations in a block
 
 
-def test_a_gamma_of_zero_gets_no_gradient_and_the_others_get_theirs():
+@pytest.mark.parametrize("frozen", [False, True])  # in a frozen layer, γ is on the rows of the weight
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gamma_of_zero_gets_its_gradient(dtype, frozen):
+    torch.manual_seed(0)
     layer = torch.nn.Linear(3, 4)
     model = get_peft_model(torch.nn.Sequential(layer), DiffFitConfig(target_modules=["0"], gamma_modules=["0"]))
+    layer.to(dtype).requires_grad_(not frozen)
     gamma = model.base_model.model[0].difffit_gamma["default"]
-    gamma.data = torch.tensor([0.0, 1e-3, -2.0, 1.0])
-    x, grad = torch.randn(5, 3), torch.randn(5, 4)
-    model(x).backward(grad)
-    expected = (grad * layer(x)).sum(0).detach()
-    torch.testing.assert_close(gamma.grad[1:], expected[1:])
-    assert gamma.grad[0] == 0
+    gamma.data = torch.tensor([0.0, 0.125, -2.0, 1.0])
+    x, grad = torch.randn(5, 3, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    output = model(x)
+    output.backward(grad)
+    plain = layer(x).float()
+    rounding = {} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.05}
+    torch.testing.assert_close(output.float(), gamma * plain, **(rounding or {"rtol": 1e-6, "atol": 1e-6}))
+    torch.testing.assert_close(gamma.grad, (grad.float() * plain).sum(0).detach(), **rounding)
+
+
+def test_gamma_is_on_the_rows_of_a_frozen_weight_that_is_smaller_than_its_input():
+    """Otherwise on the outputs. The gradients are the same."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 5)
+    model = get_peft_model(torch.nn.Sequential(layer), DiffFitConfig(target_modules=["0"], gamma_modules=["0"]))
+    randomise(model)
+    values = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(rows, frozen=True):
+        layer.requires_grad_(frozen)
+        layer.weight.requires_grad_(not frozen)
+        x = torch.linspace(-1, 1, rows * 6).sin().view(rows, 6).requires_grad_()
+        output = model(x)
+        function = type(output.grad_fn).__name__
+        return function, torch.autograd.grad(output.square().sum(), [x, *values.values()])
+
+    (few, _), (many, ours), (trained, theirs) = gradients(6), gradients(7), gradients(7, frozen=False)
+    assert (few, many, trained) == ("TimesGammaBackward", "LinearTimesGammaBackward", "TimesGammaBackward")
+    torch.testing.assert_close(ours, theirs)
