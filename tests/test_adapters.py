@@ -247,6 +247,18 @@ def test_models_without_a_preset():
     }
 
 
+def test_a_layer_has_modules_only_for_what_its_adapters_have():
+    """Loading an adapter walks over all modules a dozen times."""
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 6)), DiffFitConfig(gamma_modules=[]))
+    layer = model.base_model.model[0]
+    assert [name for name, _ in layer.named_children()] == ["base_layer", "difffit_delta"]
+    model.add_adapter("b", DiffFitConfig(gamma_modules=["0"], r=1, low_rank_modules=["0"]))
+    assert {name for name, _ in layer.named_children()} == {"base_layer", *DiffFitLayer.adapter_layer_names}
+    model.delete_adapter("b")
+    model.add_adapter("c", DiffFitConfig(gamma_modules=["0"]))
+    assert [*layer.difffit_gamma] == ["c"] and not layer.difffit_A
+
+
 # Refusals
 
 

@@ -1,6 +1,8 @@
 """What the benchmarks stand on: the methods compared, and the page that results are written to."""
 
 import dataclasses
+import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import device  # noqa: E402
 import inference  # noqa: E402
+import latent_cache  # noqa: E402
 import methods  # noqa: E402
 import report  # noqa: E402
 import resolution  # noqa: E402
@@ -208,6 +211,27 @@ def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size(tiny, benchmark, args, 
     assert "(1.00x, " in lines[2] and "does not fit" in lines[3] and lines[3].endswith(" at 2 |")
 
 
+def test_the_long_form_measures_every_target_or_says_what_would(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_speed, "product_seconds", lambda dtype: 1.0)  # on every machine, bf16 is timed
+    monkeypatch.setattr(training_speed, "in_fresh_process", lambda function, *args: function(*args))
+    readings = itertools.count()
+    monkeypatch.setattr(training_speed, "resident", lambda field: next(readings))
+    monkeypatch.setattr(training_speed, "DEPTHS", (1, 2))
+    monkeypatch.setattr(training_speed, "FULL_DEPTH", 3)
+    monkeypatch.setattr(training_speed, "ALL", training_speed.OF_TARGETS)
+    monkeypatch.setattr(training_speed, "PROFILED", ["floor"])
+    monkeypatch.setattr(sys, "argv", ["training_speed.py", "--output_dir", str(tmp_path), "--rounds", "2", "2"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    training_speed.main()
+    targets = {t["what"]: t for t in json.loads((tmp_path / "training_speed.json").read_text())["targets"]}
+    for what in ("of what can be had, full ÷ DiffFit by full ÷ floor", "DiffFit ÷ BitFit, seconds per step"):
+        for precision in ("fp32", "bf16"):
+            assert all(targets[f"{what}, {precision}{w}"]["measured"] for w in ("", ", batch 16", ", 3 blocks"))
+    unmeasured = {what: t["unmeasured"] for what, t in targets.items() if t["measured"] is None}
+    assert unmeasured == dict.fromkeys(training_speed.OF_A_GPU, "needs a GPU: `training_speed.py --device cuda`")
+    assert "| needs a GPU: " in report.targets_table(targets.values())
+
+
 @torch.no_grad()
 def test_adapters_are_loaded_and_mixed_in_any_dtype(tiny, monkeypatch):
     monkeypatch.setattr(inference, "SEVERAL", 2)
@@ -237,3 +261,10 @@ def test_methods_of_peft_train_the_same_class_rows():
     full = methods.adapt("full", make_dit(), num_classes=5)
     table = full.norm1_emb.class_embedder.embedding_table.weight
     assert torch.equal(table[:5], table[-1:].expand(5, -1)) and not torch.equal(table[5], table[-1])
+
+
+def test_the_loader_is_measured_on_what_a_run_loads_from():
+    found = latent_cache.loading(10, 2, make_dit(num_layers=1, sample_size=8), batch=4)
+    assert (found["images"], len(found["opening"]), len(found["batches"]), len(found["steps"])) == (10, 2, 3, 2)
+    assert latent_cache.share(found | {"batches": [0.001, 0.002, 0.5], "steps": [0.4, 0.2]}) == pytest.approx(0.2 / 0.3)
+    assert latent_cache.loading_table([found | {"images": 200_000}]).splitlines()[2].startswith("| 200,000 | ")

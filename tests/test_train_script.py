@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -542,6 +543,30 @@ def test_two_processes_train_as_one_with_twice_the_batch(alone, workdir, config)
     # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
     for name in [name for name in ours if "to_k.difffit_delta" not in name]:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                "DIFFFIT_TEST_INDUCTOR" not in os.environ,
+                reason="takes a minute, and a compiler of C++: set DIFFFIT_TEST_INDUCTOR",
+            ),
+        ),
+    ],
+)
+def test_compiled_whole_it_trains_the_same(script, workdir, result, monkeypatch, backend):
+    """One graph, without a break: all of a step's forward is compiled."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    compiled = run(script, workdir, backend, "--torch_compile", "--num_validation_images", "0")
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (compiled.output_dir, result.output_dir))
+    assert ours.keys() == theirs.keys()
+    # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
+    for name in [name for name in ours if "to_k.difffit_delta" not in name]:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_fused", "adamw_8bit"])
