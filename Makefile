@@ -27,7 +27,7 @@ conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
 
 bench: .venv/installed
-	set -e; for name in parameters training_speed inference scale_factors quality resolution; do \
+	set -e; for name in parameters training_speed latent_cache inference scale_factors quality resolution; do \
 		$(BIN)/python examples/benchmarks/$$name.py --short; done
 	$(BIN)/python examples/benchmarks/report.py --short
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .low_precision import LowPrecisionLinear
 from .norms import is_norm, norm_of
+from .quantised_weights import is_quantised
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -36,6 +38,18 @@ def linear(x: Tensor, layer: nn.Module, bias: Tensor) -> Tensor:
     if isinstance(layer, LowPrecisionLinear):
         return layer.product(x, bias)
     return F.linear(x, layer.weight, bias.to(layer.weight.dtype))
+
+
+def takes_gamma(layer: nn.Module, x: Tensor) -> bool:
+    """Whether γ costs a training step less on the rows of a plain linear layer's weight than on all tokens' outputs.
+
+    The weight is frozen then, and no larger than they are. A compiler chooses itself what is computed when.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if type(layer) is not nn.Linear or is_quantised(layer):
+        return False
+    return not layer.weight.requires_grad and x.numel() > layer.in_features**2
 
 
 class PlacedModules:

@@ -6,6 +6,7 @@ A pipeline may have two such models, as Wan has `transformer` and `transformer_2
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import HfApi, create_repo
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .config import COMPONENTS, DiffFitConfig, nearest, short
 from .families import family_name
@@ -40,14 +43,27 @@ def components(pipe: Any) -> list[str]:
     """
     names = [name for name in COMPONENTS if getattr(pipe, name, None) is not None]
     if not names:
-        raise ValueError(f"This {type(pipe).__name__} takes no adapters: it has none of {', '.join(COMPONENTS)}.")
+        instead = " For a model, use PeftModel.from_pretrained(model, path)." if isinstance(pipe, nn.Module) else ""
+        raise ValueError(
+            f"This {type(pipe).__name__} takes no adapters: it has none of {', '.join(COMPONENTS)}. Pass a pipeline."
+            + instead
+        )
     return names
 
 
 def models(pipe: Any) -> dict[str, PeftModel]:
-    """The models that have DiffFit adapters, also inside of `torch.compile`, by their component."""
+    """The models that have DiffFit adapters, also inside of `torch.compile`, by their component.
+
+    Of what is left of a `PeftModel` when `merge_and_unload()` or `unload()` was called, and what they return was not
+    put in its place, the plain model is put there.
+    """
     found = {name: _inner(getattr(pipe, name, None)) for name in COMPONENTS}
-    return {name: m for name, m in found.items() if isinstance(m, PeftModel) and isinstance(m.base_model, DiffFitModel)}
+    adapted = {n: m for n, m in found.items() if isinstance(m, PeftModel) and isinstance(m.base_model, DiffFitModel)}
+    for name, model in [*adapted.items()]:
+        if not any(isinstance(module, DiffFitLayer) for module in model.modules()):
+            with _not_offloaded(pipe):
+                setattr(pipe, name, adapted.pop(name).get_base_model())
+    return adapted
 
 
 def fused(model: PeftModel) -> list[str]:
@@ -89,13 +105,19 @@ def attach(
         taken = [name for model in adapted.values() for name in model.peft_config]
         adapter_name = next(f"default_{i}" for i in range(len(taken) + 1) if f"default_{i}" not in taken)
     check_free(pipe, adapter_name, component)
+    if any(parameter.is_meta for parameter in _base(pipe, component).parameters()):
+        raise ValueError(
+            f"The weights of {component} are not where they are computed with: enable_sequential_cpu_offload(), or a "
+            "device_map, keeps them elsewhere, and an adapter would be lost. Use enable_model_cpu_offload(), or load "
+            "and fuse the adapter first."
+        )
     config.inference_mode, config.component, model = True, component, adapted.get(component)
     if model is None:
         with _not_offloaded(pipe):
             model = PeftModel(getattr(pipe, component), config, adapter_name)
             setattr(pipe, component, model)
         if type(pipe).save_pretrained is diffusers.DiffusionPipeline.save_pretrained:  # which leaves out a PeftModel
-            pipe.save_pretrained = partial(save_pipeline, pipe)
+            pipe.save_pretrained, pipe.push_to_hub = partial(save_pipeline, pipe), partial(push_pipeline, pipe)
     else:
         model.add_adapter(adapter_name, config)
     try:
@@ -150,7 +172,8 @@ def take_off(pipe: Any, component: str) -> None:
     with _not_offloaded(pipe):
         setattr(pipe, component, models(pipe)[component].unload())
     if not models(pipe):
-        vars(pipe).pop("save_pretrained", None)
+        for verb in ("save_pretrained", "push_to_hub"):
+            vars(pipe).pop(verb, None)
 
 
 def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -167,7 +190,10 @@ def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -
     Raises:
         ValueError: with `push_to_hub`; and if the folder holds adapters that this would not write over, which
             would be loaded with what it does write. Nothing is then changed.
+        TypeError: for a keyword argument that Diffusers does not know, and would pass over.
     """
+    if unknown := kwargs.keys() - inspect.signature(diffusers.DiffusionPipeline.save_pretrained).parameters.keys():
+        raise TypeError(f"save_pretrained() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
     save_directory = os.path.expanduser(save_directory)
     adapted, saved = models(pipe), saved_adapters(pipe)
     folder = Path(save_directory, ADAPTERS)
@@ -199,6 +225,30 @@ def save_pipeline(pipe: Any, save_directory: str | os.PathLike, **kwargs: Any) -
         write(folder / ACTIVE, lambda partial: partial.write_text(json.dumps(active)))
     else:
         folder.joinpath(ACTIVE).unlink(missing_ok=True)
+
+
+def push_pipeline(
+    pipe: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **kwargs: Any,
+) -> str:
+    """Uploads what `save_pretrained` writes, in one commit: `load_pipeline(repo_id)` gives it back.
+
+    Keyword arguments as for every pipeline of Diffusers. While a stock pipeline has adapters that `load_adapter`
+    loaded, its own `push_to_hub` is this.
+
+    Raises:
+        ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
+        HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
+    """
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
+    there = {part[1] for part in parts if part[0] == ADAPTERS and len(part) > 2}
+    refuse_others(repo_id, there, saved_adapters(pipe))
+    return diffusers.DiffusionPipeline.push_to_hub(pipe, repo_id, commit_message, private, token, **kwargs)
 
 
 def saved_adapters(pipe: Any) -> dict[str, tuple[PeftModel, str]]:

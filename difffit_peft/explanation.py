@@ -108,6 +108,8 @@ def explain(
     """
     if isinstance(model, dict):
         model = _without_weights(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"A {type(model).__name__} is not a model: pass one of its parts, such as pipe.transformer.")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     adapted = [module for module in inner.modules() if isinstance(module, DiffFitLayer)]
     if not adapted:

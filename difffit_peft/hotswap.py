@@ -42,6 +42,11 @@ def hotswap_adapter(
         raise ValueError(f"There is no adapter {adapter_name!r} in this {type(model).__name__}: it has {names}.")
     if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, DiffFitLayer)):
         raise ValueError(f"The adapter {adapter_name!r} is merged: call unmerge_adapter() first.")
+    if any(p.is_meta for name, p in model.named_parameters() if name.endswith(f".{adapter_name}")):
+        raise ValueError(
+            f"The weights of {adapter_name!r} are not where they are computed with: enable_sequential_cpu_offload() "
+            "keeps them elsewhere, and new ones would be lost."
+        )
     old = model.peft_config[adapter_name]
     if not isinstance(old, DiffFitConfig):
         raise ValueError(f"Only DiffFit adapters can be swapped here, but {adapter_name!r} is of {old.peft_type}.")

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_scales import Scales
-from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, value_shape
+from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, takes_gamma, value_shape
 from .config import DiffFitConfig
 from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .quantised_weights import is_quantised, row_scales, scaled
-from .times_gamma import TimesGamma
+from .times_gamma import LinearTimesGamma, TimesGamma
 
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
@@ -68,7 +68,7 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         self.in_features, self.out_features = features(layer)
         self._value_shape = value_shape(layer)
         for kind in self.adapter_layer_names:
-            setattr(self, kind, nn.ParameterDict())
+            setattr(self, kind, {})  # a module once there is something in it: every walk over a model visits modules
         self._init_scales()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -92,6 +92,8 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         It starts from γ = 1, δ = 0 and B = 0, or from random values if `config.init_weights` is False.
         """
         for kind, shape in self.shapes(self.get_base_layer(), config, **target).items():
+            if not getattr(self, kind):
+                setattr(self, kind, nn.ParameterDict())
             getattr(self, kind)[adapter_name] = nn.Parameter(_initial(kind, shape, config.init_weights))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_scale(adapter_name, 1)
@@ -142,7 +144,11 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
         if delta is not None and adapter_names is None and is_plain_linear(layer):
             # W x + (b + δ): the sum of two vectors rather than a pass over the activations
             plain = True
-            y, delta = linear(x, layer, delta if layer.bias is None else layer.bias + delta), None
+            bias, delta = delta if layer.bias is None else layer.bias + delta, None
+            if gamma is not None and gamma.requires_grad and not self.difffit_A and takes_gamma(layer, x):
+                dtype = layer.weight.dtype
+                return LinearTimesGamma.apply(x, layer.weight, bias.to(dtype), gamma.to(dtype))
+            y = linear(x, layer, bias)
         else:
             y = layer(x, *args, **kwargs)
         # in the dtype of the activations, so that a half-precision base stays at half the memory

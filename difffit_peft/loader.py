@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any
 
 from huggingface_hub import CommitInfo
@@ -141,11 +142,19 @@ def delete_adapters(pipe: Any, adapter_names: list[str] | str) -> None:
 
 
 def unload_adapters(pipe: Any) -> None:
-    """Takes all adapters off, fused ones too: the models of the pipeline are the base's again.
+    """Takes all adapters off, fused ones too, with a warning: the models of the pipeline are the base's again.
 
-    One that was compiled with them is then not compiled any more.
+    Diffusers' `unload_lora_weights` leaves fused LoRA in the weights. To leave fused adapters in,
+    `pipe.transformer = pipe.transformer.merge_and_unload()`; `save_pretrained` writes them into the weights too. A
+    model that was compiled with adapters is not compiled any more without them.
     """
-    for component in models(pipe):
+    for component, model in models(pipe).items():
+        if names := fused(model):
+            warnings.warn(
+                f"The adapters {names} were fused, and are taken out of the weights: {component} is the base's again. "
+                f"To leave them in, call pipe.{component} = pipe.{component}.merge_and_unload() in the place of this.",
+                stacklevel=2,
+            )
         take_off(pipe, component)
 
 

@@ -54,22 +54,21 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
         rows, of_rows = _quantised(x, weight.dtype)
-        return (_matmul(rows, weight.t()) * of_rows).mul_(scale.t()).to(x.dtype)
+        return _matmul(rows, weight.t()).float().mul_(of_rows).mul_(scale.t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         rows, of_rows = _quantised(grad * scale.t(), weight.dtype)
-        return (_matmul(rows, weight) * of_rows).to(grad.dtype), None, None
+        return _matmul(rows, weight).float().mul_(of_rows).to(grad.dtype), None, None
 
 
 def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Numbers of `dtype` and a scale for each row, (rows, 1) in float32, whose product is `x`."""
     largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    x = x.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / largest
-    x = x / scale
-    return (x.round() if dtype == torch.int8 else x.clamp(-largest, largest)).to(dtype), scale
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / largest
+    x = x / scale  # in float32, as the scale is
+    return (x.round_() if dtype == torch.int8 else x.clamp_(-largest, largest)).to(dtype), scale
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .attach import prepare, restore
 from .base_layers import PlacedModules
+from .class_names import keep_names, names_of_adapters
 from .config import DiffFitConfig
 from .merging import merge_layers, names_to_merge, owners_of_parameters
 from .model import DiffFitModel
@@ -71,10 +72,15 @@ class DiffFitMixedModel(PlacedModules, MixedModel):
             )
 
     def _unload_and_optionally_merge(self, merge: bool = True, **how: Any) -> nn.Module:
+        names = None
         if merge:
+            merged = names_to_merge(self, how.get("adapter_names"))
             self.merge_adapter(how.get("adapter_names"), how.get("safe_merge", False))
+            names = names_of_adapters(self.peft_config[name] for name in merged)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             model = super()._unload_and_optionally_merge(merge, **how)
         restore(model, merged=merge)
+        if names is not None:
+            keep_names(model, names)
         return model

@@ -36,6 +36,8 @@ def norm_of(module: nn.Module) -> Norm | None:
     """What norm `module` is; None for what is none, or has no weight."""
     if isinstance(module, _NORMS):
         return Norm() if isinstance(module.weight, Tensor) else None
+    if isinstance(module, nn.Linear) or not module._parameters:
+        return None
     parameters = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
     name = next((name for name in _WEIGHTS if name in parameters), None)
     shape = parameters.get(name or "", ())

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub import HfApi, create_repo, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from . import loader
-from .components import ACTIVE, ADAPTERS, activate, attach, models, refuse_others, save_pipeline, saved_adapters
+from .components import ACTIVE, ADAPTERS, activate, attach, models, push_pipeline, save_pipeline, saved_adapters
 from .merging import check_names
 from .reading import (
     PIPELINE_INDEX,
     adapter_folder,
     cached_commit,
     check_base_model_id,
-    hub_file,
     local_path,
+    pipeline_index,
     read_adapter,
 )
 
@@ -50,15 +50,13 @@ def _load(load: Callable[..., Any], pretrained_model_name_or_path: str | os.Path
     hub = {name: kwargs[name] for name in (*names, "force_download") if name in kwargs}
     revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
     local = local_path(path, revision)
-    if local is not None:
-        is_pipeline = (local / PIPELINE_INDEX).is_file()
-    else:
-        try:
-            index = hub_file(path, PIPELINE_INDEX, revision=revision, **hub)
-            is_pipeline, revision = True, cached_commit(index) or revision  # all files of one commit
-        except EntryNotFoundError:
-            is_pipeline = False
-    if subfolder or not is_pipeline:
+    try:
+        index = pipeline_index(path, revision, **hub)
+    except LocalEntryNotFoundError:  # but an adapter may be in the cache
+        index = None
+    if local is None and index is not None:
+        revision = cached_commit(index) or revision  # all files of one commit
+    if subfolder or index is None:
         config, weights = read_adapter(adapter_folder(path, subfolder, revision, **hub))
         if not config.base_model_name_or_path:
             raise ValueError(
@@ -113,6 +111,7 @@ class DiffFitLoaderMixin:
     fuse_difffit, unfuse_difffit = loader.fuse_adapters, loader.unfuse_adapters
     save_difffit_weights, push_difffit_to_hub = loader.save_adapter, loader.push_adapter
     save_pretrained = save_pipeline
+    push_to_hub = push_pipeline
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -121,25 +120,3 @@ class DiffFitLoaderMixin:
         As `load_pipeline`, which takes the class that the pipeline names.
         """
         return _load(super().from_pretrained, pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Uploads what `save_pretrained` writes, in one commit: `from_pretrained(repo_id)` gives it back.
-
-        Keyword arguments as for every pipeline of Diffusers.
-
-        Raises:
-            ValueError: if the repository holds adapters that this would not write over. Nothing is then uploaded.
-            HfHubHTTPError: of `huggingface_hub`, if the Hub refuses.
-        """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        parts = [file.split("/") for file in HfApi(token=token).list_repo_files(repo_id)]
-        there = {part[1] for part in parts if part[0] == ADAPTERS and len(part) > 2}
-        refuse_others(repo_id, there, saved_adapters(self))
-        return super().push_to_hub(repo_id, commit_message, private, token, **kwargs)  # type: ignore[misc]

@@ -79,7 +79,8 @@ def save_adapter(
         prompt: one that suits the adapter, for the card.
 
     Raises:
-        ValueError: if there is no such adapter, or `state_dict` lacks weights of it. Nothing is then changed.
+        ValueError: if there is no such adapter, it was merged and taken off, or `state_dict` lacks weights of it.
+            Nothing is then changed.
     """
     model = getattr(model, "_orig_mod", model)
     if adapter_name not in model.peft_config:
@@ -106,6 +107,11 @@ def _check_whole(model: Any, adapter_name: str, saved: Iterable[str]) -> None:
     """Raises `ValueError` unless all weights of the adapter were saved: peft 0.21 saves those that it finds."""
     names = (name.replace(_COMPILED, "") for name, _ in model.named_parameters())
     own = [name for name in names if ".difffit_" in name and name.endswith(f".{adapter_name}")]
+    if not own and not model.peft_config[adapter_name].modules_to_save:
+        raise ValueError(
+            f"The adapter {adapter_name!r} is not on the model any more, as after merge_and_unload(). What that "
+            "returned is the merged model: save that one."
+        )
     missing = {name.removesuffix(f".{adapter_name}") for name in own} - {*saved}
     if missing:
         raise ValueError(

@@ -91,6 +91,22 @@ def hub_file(repo_id: str, filename: str, **hub: Any) -> Path:
         raise
 
 
+def pipeline_index(path: str | os.PathLike, revision: str | None = None, **hub: Any) -> Path | None:
+    """`model_index.json` of a pipeline in a folder or on the Hub; `None` where there is none, as of an adapter.
+
+    Raises as `local_path` and `hub_file` do.
+    """
+    local = local_path(path, revision)
+    if local is not None:
+        return local / PIPELINE_INDEX if (local / PIPELINE_INDEX).is_file() else None
+    try:
+        return hub_file(os.fspath(path), PIPELINE_INDEX, revision=revision, **hub)
+    except LocalEntryNotFoundError:  # the Hub cannot be asked
+        raise
+    except EntryNotFoundError:
+        return None
+
+
 def cached_commit(file: Path) -> str | None:
     """The commit that a file of the local cache of the Hub belongs to."""
     cached = HUB_CACHE.search(str(file))

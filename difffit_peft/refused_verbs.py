@@ -19,7 +19,7 @@ from .layer import DiffFitLayer
 
 def check_not_fused(model: nn.Module) -> None:
     """Raises `ValueError` if q, k and v of an attention are fused."""
-    fused = [name for name, module in model.named_modules() if getattr(module, "fused_projections", False) is True]
+    fused = [name for name, module in model.named_modules() if vars(module).get("fused_projections") is True]
     if fused:
         raise ValueError(
             f"The projections of q, k and v are fused in {len(fused)} modules of {type(model).__name__}, such as "
@@ -33,7 +33,7 @@ def guard_verbs(model: nn.Module) -> Callable[[], None]:
     """Lets the model refuse those verbs while it has adapters. Returns what undoes that."""
     guarded = []
     for module in model.modules():
-        verbs = [verb for verb in _GUARDS if callable(getattr(module, verb, None)) and verb not in vars(module)]
+        verbs = [verb for verb in _GUARDS if hasattr(type(module), verb) and verb not in vars(module)]
         for verb in verbs:
             setattr(module, verb, partial(_GUARDS[verb], module, verb))
         guarded += [module] * bool(verbs)

@@ -39,7 +39,13 @@ from difffit_peft.training.arguments import (
     make_accelerator,
 )
 from difffit_peft.training.images import LabelledImages, to_pixels
-from difffit_peft.training.scripts import launched_precision, non_negative_int, positive_int, run_script
+from difffit_peft.training.scripts import (
+    launched_precision,
+    positive_int,
+    run_script,
+    seed_int,
+    user_path,
+)
 from difffit_peft.writing import write
 from diffusers.utils import make_image_grid
 from peft import PeftConfig, PeftModel
@@ -82,14 +88,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="class",
         help="null class of the adapted model, or of the base",
     )
-    sampling.add_argument("--seed", type=non_negative_int, default=0)
+    sampling.add_argument("--seed", type=seed_int, default=0)
     sampling.add_argument(
         "--features",
         default="inception",
         help="inception, or module:callable or path/to/file.py:callable that returns an nn.Module from uint8 images "
         "(N, 3, H, W) to features (N, D)",
     )
-    sampling.add_argument("--output_dir", type=Path, default=Path("evaluation"))
+    sampling.add_argument("--output_dir", type=user_path, default=Path("evaluation"))
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 
@@ -318,7 +324,8 @@ def in_words(args: argparse.Namespace, report: dict[str, Any], own: list[str]) -
         f"{args.num_images} images of {args.pretrained_model_name_or_path} with {adapters}, against "
         f"{report['num_real_images']} real images of {args.dataset_name or args.train_data_dir} (split {args.split}) "
         f"at {report['resolution']}x{report['resolution']}, transparency on {report['background']}, on "
-        f"{report['num_features']} features of {args.features}:\n"
+        f"{report['num_features']} features of {args.features}, at guidance {report['guidance_scale']:g} "
+        f"({args.guidance}) in {args.num_inference_steps} steps:\n"
         f"FID {report['fid']:.4g}, KID {report['kid']:.4g} ± {report['kid_std']:.2g} (subsets of "
         f"{report['kid_subset_size']}{few}), "
         f"precision {report['precision']:.3f}, recall {report['recall']:.3f}\nReport: {args.output_dir / 'report.json'}"

@@ -14,7 +14,15 @@ import torch
 from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.training.arguments import add_sampling_arguments
-from difffit_peft.training.scripts import base_dtype, launched_precision, positive_int, run_script
+from difffit_peft.training.scripts import (
+    base_dtype,
+    finite_float,
+    launched_precision,
+    positive_int,
+    run_script,
+    seed_int,
+    user_path,
+)
 from difffit_peft.training.visualize import label_rows, sample_grid
 from difffit_peft.writing import write
 
@@ -26,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of it on the Hub")
     parser.add_argument("--adapters", nargs="*", default=[], help="Hub ids or folders of adapters to load onto it")
-    parser.add_argument("--adapter_weights", nargs="*", type=float, help="a scale for each; default: 1")
+    parser.add_argument("--adapter_weights", nargs="*", type=finite_float, help="a scale for each; default: 1")
     parser.add_argument("--labels", nargs="+", help="classes, by name or index; default: the first eight")
     parser.add_argument("--num_images", type=positive_int, default=4, help="per class")
     add_sampling_arguments(parser)
@@ -36,11 +44,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="class",
         help="null class of the adapted model, or of the base",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_int, default=0)
     parser.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], default=launched_precision("no"), help="of the base too"
     )
-    parser.add_argument("--output", type=Path, default=Path("samples.png"))
+    parser.add_argument("--output", type=user_path, default=Path("samples.png"))
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 

@@ -7,10 +7,9 @@ python examples/parameters.py --config transformer/config.json
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
 
 from difffit_peft import DiffFitConfig, explain
-from difffit_peft.training.scripts import positive_int, run_script
+from difffit_peft.training.scripts import positive_int, run_script, user_path
 from tqdm import tqdm
 
 XL_2 = {
@@ -106,7 +105,7 @@ def families() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="the config.json of a model; default: that of DiT-XL/2")
+    parser.add_argument("--config", type=user_path, help="the config.json of a model; default: that of DiT-XL/2")
     parser.add_argument("--num_classes", type=positive_int, default=101, help="of the new domain, for DiT-XL/2")
     parser.add_argument("--families", action="store_true", help="a table over the families of models")
     args = parser.parse_args()

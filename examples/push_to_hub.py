@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.publishing import check_push
 from difffit_peft.training.arguments import add_sampling_arguments
-from difffit_peft.training.scripts import non_negative_int, run_script
+from difffit_peft.training.scripts import non_negative_int, run_script, seed_int
 from difffit_peft.training.visualize import label_rows, sample_grid
 
 
@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labels", nargs="+", help="classes on the picture, by name or index; default: the first four")
     parser.add_argument("--num_images", type=non_negative_int, default=4, help="per class; 0: no picture")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_int, default=0)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 

@@ -9,11 +9,14 @@ cache. Writes the adapter (the average of its weights over training) to `--outpu
 """
 
 import argparse
+import json
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from difffit_peft import get_list_adapters, load_pipeline
+from difffit_peft.reading import pipeline_index
 from difffit_peft.training.arguments import training_parser
 from difffit_peft.training.images import load_captioned_images
 from difffit_peft.training.objective import WEIGHTING_SCHEMES, noising
@@ -23,7 +26,6 @@ from difffit_peft.training.run import Result, Task, run_training
 from difffit_peft.training.scripts import base_dtype, fraction, run_script
 from difffit_peft.training.text_to_image import TextToImage, family_of_pipeline
 from difffit_peft.training.visualize import grid_of_calls
-from diffusers import DiffusionPipeline
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,9 +47,14 @@ def load_family(args: argparse.Namespace, accelerator: Accelerator) -> TextToIma
     """The frozen base, on the device that uses it."""
     name = args.pretrained_model_name_or_path
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    cls = family_of_pipeline(DiffusionPipeline.load_config(name, **where)["_class_name"])
+    index = pipeline_index(name, **where)
+    if index is None:
+        raise ValueError(f"{name} is not a pipeline: it holds no model_index.json. Name the pipeline of a base.")
+    cls = family_of_pipeline(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     dtypes = {"vae": torch.float32, "default": base_dtype(accelerator)}  # VAEs overflow in fp16
-    pipe = DiffusionPipeline.from_pretrained(name, variant=args.variant, dtype=dtypes, **where)
+    pipe = load_pipeline(name, variant=args.variant, dtype=dtypes, **where)
+    if get_list_adapters(pipe):
+        raise ValueError(f"{name} comes with adapters: name their base, or save it with them fused and name that.")
     family = cls(pipe)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):

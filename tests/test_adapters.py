@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import difffit_peft
 from difffit_peft import DiffFitConfig, DiffFitLayer
+from difffit_peft.config import nearest
 from difffit_peft.publishing import base_model_id, base_parameters
 
 LABELS = {0: "fox", 1: "hound", 2: "hare"}
@@ -158,6 +159,24 @@ def test_unload_leaves_no_trace(adapter, tmp_path, inputs):
     assert_equal(state(DiTTransformer2DModel.from_pretrained(tmp_path / "base")), before)
 
 
+def test_who_gives_a_name_is_not_asked_whether_it_was_meant():
+    assert nearest("fix", ["fox", "owl"]) == " Did you mean 'fox'?"
+    assert nearest("fox", ["fox", "fix"]) == nearest("fox", []) == ""
+
+
+@pytest.mark.parametrize("name", ["v1.0", ""])
+def test_names_that_are_none_to_pytorch(dit, name):
+    with pytest.raises(
+        ValueError, match=f"adapter_name='{name}': PyTorch allows no dot in it, and it must not be empty"
+    ):
+        get_peft_model(dit, DiffFitConfig(), name)
+    assert [*dit.state_dict()] == [*make_dit().state_dict()]
+    model = get_peft_model(dit, DiffFitConfig())
+    with pytest.raises(ValueError, match="PyTorch allows no dot"):
+        model.add_adapter(name, DiffFitConfig())
+    assert [*model.peft_config] == ["default"]
+
+
 @pytest.mark.parametrize("name", ["0", "attn1", "linear", "model", "norm1_emb", "difffit_delta", "bias"])
 def test_names_of_modules_are_not_names_of_adapters(dit, name, tmp_path):
     """PEFT 0.21 would save the other adapters without those modules, which is seen when they are loaded."""
@@ -226,6 +245,18 @@ def test_models_without_a_preset():
         "1.difffit_delta.default",
         "2.difffit_gamma.default",
     }
+
+
+def test_a_layer_has_modules_only_for_what_its_adapters_have():
+    """Loading an adapter walks over all modules a dozen times."""
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 6)), DiffFitConfig(gamma_modules=[]))
+    layer = model.base_model.model[0]
+    assert [name for name, _ in layer.named_children()] == ["base_layer", "difffit_delta"]
+    model.add_adapter("b", DiffFitConfig(gamma_modules=["0"], r=1, low_rank_modules=["0"]))
+    assert {name for name, _ in layer.named_children()} == {"base_layer", *DiffFitLayer.adapter_layer_names}
+    model.delete_adapter("b")
+    model.add_adapter("c", DiffFitConfig(gamma_modules=["0"]))
+    assert [*layer.difffit_gamma] == ["c"] and not layer.difffit_A
 
 
 # Refusals

@@ -1,6 +1,8 @@
 """What the benchmarks stand on: the methods compared, and the page that results are written to."""
 
 import dataclasses
+import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -16,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import device  # noqa: E402
 import inference  # noqa: E402
+import latent_cache  # noqa: E402
 import methods  # noqa: E402
 import report  # noqa: E402
+import resolution  # noqa: E402
 import study  # noqa: E402
 import training_speed  # noqa: E402
 
@@ -53,6 +57,7 @@ def test_every_method_starts_as_the_base_and_trains_what_it_says(name):
         "LoKr": 4 * 4 * 2 * 4**2 + 4 * 2 * 2 * 4 * 8,  # factors of 16 are 4 and 4, of 64 8 and 8
         "OFT": 4 * 5 * math.comb(16, 2) + 4 * 2 * math.comb(32, 2),  # a rotation of each 32 inputs, or of all 16
         "IA³": 4 * (4 * 16 + 64 + 64),
+        "GLoRA, vectors": sum(i + 4 * o for i, o in layers),
         "LN tuning": 0,
         "floor": 1,
     }
@@ -86,6 +91,9 @@ def test_targets():
         report.target("a", "<", 1.0, 1.0)
 
 
+NEAR = study.Cell("near", None, 200)
+
+
 class Losses:
     """Stands for `adaptation.Bench`: the loss of a run is how far its learning rate is, in decades, from the best."""
 
@@ -93,7 +101,8 @@ class Losses:
         self.best, self.made = best, {}
 
     def result(self, run):
-        return self.made.setdefault(run, {"loss": abs(math.log10(run.learning_rate / self.best))})
+        rate = run.learning_rate or 1e-9  # that of the base, which is not trained, is 0
+        return self.made.setdefault(run, {"loss": abs(math.log10(rate / self.best))})
 
     def stored(self, run):
         return self.made.get(run)
@@ -108,38 +117,70 @@ class Losses:
     ],
 )
 def test_a_sweep_goes_on_beyond_its_edge_and_chooses_the_lowest_loss(best, rates, chosen):
-    form = study.Form({"DiffFit": (0.003, 0.01, 0.03)}, ("near",), (0, 1), 200, 60, 10, 1, 1)
+    form = study.Form({"DiffFit": (0.003, 0.01, 0.03)}, (NEAR,), study.Cell("far", None, 60), (0, 1), 10, 1, 1)
     bench = Losses(best)
     sweep = study.Study(form, bench, "no")
-    assert sweep.best("near", "DiffFit") is None  # nothing is made yet
-    run = sweep.best("near", "DiffFit", make=True)
-    assert (run.learning_rate, run.steps, run.num_images) == (chosen, 200, 10)
-    assert [(r.learning_rate, r.steps, r.num_images) for r in bench.made] == [(rate, 60, 0) for rate in rates]
-    assert sweep.best("near", "DiffFit") == run  # from what is made
+    assert sweep.best(NEAR, "DiffFit") is None  # nothing is made yet
+    run = sweep.best(NEAR, "DiffFit", make=True)
+    assert (run.domain, run.learning_rate, run.steps, run.num_images) == ("near", chosen, 200, 10)
+    made = [(r.domain, r.learning_rate, r.steps, r.num_images) for r in bench.made]
+    assert made == [("far", rate, 60, 0) for rate in rates]
+    assert sweep.best(NEAR, "DiffFit") == run  # from what is made
 
 
 def test_methods_are_compared_at_the_seeds_that_all_have():
     rates = {name: (1e-3, 1e-2, 1e-1) for name in ("full", "DiffFit", "LoRA r=2")}
-    form = study.Form(rates, ("near",), (0, 1, 2), 200, 0, 10, 1, 1)
+    form = study.Form(rates, (NEAR,), dataclasses.replace(NEAR, steps=0), (0, 1, 2), 10, 1, 1)
     bench = Losses(1e-2)
     partial = study.Study(form, bench, "no")
-    assert study.stored(partial, "near") == {}
+    assert study.stored(partial, NEAR) == {}
     for name, made in {"full": (0, 1, 2), "DiffFit": (0, 2), "LoRA r=2": (1,)}.items():
         for seed in made:
-            bench.result(partial.run("near", name, 1e-2, seed))
-    rows = study.stored(partial, "near")
+            bench.result(partial.run(NEAR, name, 1e-2, seed))
+    rows = study.stored(partial, NEAR)
     assert {name: [run.seed for run, _ in made] for name, made in rows.items()} == {"full": [0, 2], "DiffFit": [0, 2]}
     assert study.seeds(rows) == "0, 2"
     assert study.center(rows["full"], "loss") == 0 and study.center(rows["full"], "fid") is None
 
 
+def test_a_study_says_what_is_to_be_done_and_does_it_once():
+    rates = {name: (1e-3, 1e-2, 1e-1) for name in ("full", "DiffFit")}
+    few = study.Cell("near", 20, 100)
+    no_sweep = dataclasses.replace(NEAR, steps=0)
+    form = study.Form(rates, (NEAR, few), no_sweep, (0,), 10, 1, 1, variants=("γ on attention",))
+    bench = Losses(1e-2)
+    whole = study.Study(form, bench, "no")
+    assert whole.outlook([NEAR, few]).startswith("8 runs of 900 steps in all are to be made")
+    bench.made[whole.run(NEAR, "full", 1e-2)] = {"seconds": 720.0}
+    assert whole.outlook([NEAR, few]).endswith("beside the sweeps of learning rates: about 0.7 hours.")
+    whole.make([NEAR])
+    assert len(bench.made) == 4 and {run.images_per_class for run in bench.made} == {None}
+    assert whole.outlook([NEAR]) == "All runs are made."
+
+
+def test_the_best_step_is_the_one_with_the_lowest_distance():
+    curve = [{"step": 30, "fid": 9.0}, {"step": 100, "fid": 5.0}, {"step": 200, "fid": 7.0}]
+    assert study.best_step({"curve": curve}) == curve[1]
+    pairs = [(None, {"curve": curve}), (None, {"curve": curve[:1]})]
+    assert study.at_best(pairs) == 7.0 and study.at_best([(None, {"diverged": "why"})]) is None
+    assert study.at_best([]) is None
+
+
+def test_methods_are_compared_at_equal_seconds():
+    ours = {"seconds_per_step": 1.0, "curve": [{"step": s, "fid": f} for s, f in ((10, 8.0), (100, 4.0))]}
+    theirs = {"seconds_per_step": 2.0, "curve": [{"step": s, "fid": f} for s, f in ((5, 8.0), (50, 4.0), (500, 2.0))]}
+    assert resolution.at_equal_seconds([(None, ours)], [(None, theirs)]) == pytest.approx(1.0)  # after 100 seconds
+    assert resolution.at_equal_seconds([(None, ours)], [(None, {"diverged": "why"})]) is None
+
+
 def test_a_diverged_run_is_not_chosen():
-    form = study.Form({"full": (1e-4, 1e-3, 1e-2)}, ("near",), (0,), 200, 60, 10, 1, 1)
+    form = study.Form({"full": (1e-4, 1e-3, 1e-2)}, (NEAR,), dataclasses.replace(NEAR, steps=60), (0,), 10, 1, 1)
     bench = Losses(1e-3)
     sweep = study.Study(form, bench, "no")
-    bench.made[dataclasses.replace(sweep.run("near", "full", 1e-3), steps=60, num_images=0)] = {"diverged": "why"}
-    assert sweep.best("near", "full", make=True).learning_rate in (1e-4, 1e-2)
-    assert study.cells([{"loss": 1.0}, {"diverged": "why"}], ["loss", "fid"]) == ["diverged"] * 2
+    run = dataclasses.replace(sweep.run(form.sweep, "full", 1e-3), num_images=0)
+    bench.made[run] = {"diverged": "why"}
+    assert sweep.best(NEAR, "full", make=True).learning_rate in (1e-4, 1e-2)
+    assert study.cells_of([{"loss": 1.0}, {"diverged": "why"}], ["loss", "fid"]) == ["diverged"] * 2
 
 
 def test_a_profile_shows_the_longest_of_any_method_and_sums_up():
@@ -168,6 +209,27 @@ def test_what_runs_on_a_gpu_runs_on_a_cpu_at_a_tiny_size(tiny, benchmark, args, 
     lines = device.device_table("32 pixels", reference, {2: results, 4: dict.fromkeys(results)}).splitlines()
     assert lines[0] == "| 32 pixels | batch 2 | batch 4 | within 24 GB | within 80 GB |"
     assert "(1.00x, " in lines[2] and "does not fit" in lines[3] and lines[3].endswith(" at 2 |")
+
+
+def test_the_long_form_measures_every_target_or_says_what_would(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_speed, "product_seconds", lambda dtype: 1.0)  # on every machine, bf16 is timed
+    monkeypatch.setattr(training_speed, "in_fresh_process", lambda function, *args: function(*args))
+    readings = itertools.count()
+    monkeypatch.setattr(training_speed, "resident", lambda field: next(readings))
+    monkeypatch.setattr(training_speed, "DEPTHS", (1, 2))
+    monkeypatch.setattr(training_speed, "FULL_DEPTH", 3)
+    monkeypatch.setattr(training_speed, "ALL", training_speed.OF_TARGETS)
+    monkeypatch.setattr(training_speed, "PROFILED", ["floor"])
+    monkeypatch.setattr(sys, "argv", ["training_speed.py", "--output_dir", str(tmp_path), "--rounds", "2", "2"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    training_speed.main()
+    targets = {t["what"]: t for t in json.loads((tmp_path / "training_speed.json").read_text())["targets"]}
+    for what in ("of what can be had, full ÷ DiffFit by full ÷ floor", "DiffFit ÷ BitFit, seconds per step"):
+        for precision in ("fp32", "bf16"):
+            assert all(targets[f"{what}, {precision}{w}"]["measured"] for w in ("", ", batch 16", ", 3 blocks"))
+    unmeasured = {what: t["unmeasured"] for what, t in targets.items() if t["measured"] is None}
+    assert unmeasured == dict.fromkeys(training_speed.OF_A_GPU, "needs a GPU: `training_speed.py --device cuda`")
+    assert "| needs a GPU: " in report.targets_table(targets.values())
 
 
 @torch.no_grad()
@@ -199,3 +261,10 @@ def test_methods_of_peft_train_the_same_class_rows():
     full = methods.adapt("full", make_dit(), num_classes=5)
     table = full.norm1_emb.class_embedder.embedding_table.weight
     assert torch.equal(table[:5], table[-1:].expand(5, -1)) and not torch.equal(table[5], table[-1])
+
+
+def test_the_loader_is_measured_on_what_a_run_loads_from():
+    found = latent_cache.loading(10, 2, make_dit(num_layers=1, sample_size=8), batch=4)
+    assert (found["images"], len(found["opening"]), len(found["batches"]), len(found["steps"])) == (10, 2, 3, 2)
+    assert latent_cache.share(found | {"batches": [0.001, 0.002, 0.5], "steps": [0.4, 0.2]}) == pytest.approx(0.2 / 0.3)
+    assert latent_cache.loading_table([found | {"images": 200_000}]).splitlines()[2].startswith("| 200,000 | ")

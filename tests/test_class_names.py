@@ -207,6 +207,21 @@ def test_merged_by_peft(folder, pipe, tmp_path):
     assert nameless.id2label == {} == DiffFitDiTPipeline.from_pipe(nameless).id2label
 
 
+def test_mixed_with_another_method_and_merged(folder, pipe):
+    model = get_peft_model(pipe.transformer, DiffFitConfig(id2label={0: "fox", 1: "owl"}), "fox", mixed=True)
+    model.add_adapter("lora", LoraConfig(target_modules=["to_q"]))
+    model.set_adapter(["fox", "lora"])
+    pipe.transformer = model
+    assert pipe.get_label_ids("owl") == [1]
+    pipe.transformer = model.merge_and_unload()
+    assert pipe.id2label == {0: "fox", 1: "owl"}
+    other = DiffFitDiTPipeline.from_pretrained(folder / "base")
+    model = get_peft_model(other.transformer, LoraConfig(target_modules=["to_q"]), "low_rank", mixed=True)
+    model.add_adapter("fox", DiffFitConfig(id2label={0: "fox"}))
+    other.transformer = model.merge_and_unload(adapter_names=["low_rank"])
+    assert other.id2label == BASE
+
+
 def test_what_is_not_fused_names_nothing(folder, pipe):
     pipe.load_difffit_weights(folder / "fox", "fox")
     pipe.load_difffit_weights(folder / "digits", "digits")

@@ -114,6 +114,7 @@ def test_batch_size_does_not_matter_but_the_seed_does(script, workdir, report, c
         "12 real images",
         "features.py:means",
         "subsets of 12 for lack",
+        "at guidance 4 (class) in 2 steps:",
     ):
         assert part in printed
     samples = [(workdir / name / "samples.png").read_bytes() for name in ("report", "again")]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dit
+from conftest import make_dit, make_pipeline
 from peft import get_peft_model
 from tiny import TINY
 
@@ -83,5 +83,9 @@ def test_refusals():
         explain(model, DiffFitConfig())
     with pytest.raises(ValueError, match="has no adapter of DiffFit"):
         explain(make_dit(), adapter_name="x")
+    with pytest.raises(
+        ValueError, match="A DiTPipeline is not a model: pass one of its parts, such as pipe.transformer"
+    ):
+        explain(make_pipeline())
     with pytest.raises(ValueError, match="_class_name='Dit'"):
         explain({"_class_name": "Dit"})

@@ -57,7 +57,9 @@ def test_the_base_is_the_unconditional_branch(pipe, w, active):
 def test_without_a_scale_it_is_the_adapted_model(pipe):
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    assert torch.equal(images(pipe, guidance_scale=1.0, guidance="domain"), images(pipe, guidance_scale=1.0))
+    assert torch.equal(
+        images(pipe, guidance_scale=1.0, guidance="domain"), images(pipe, guidance_scale=torch.tensor(1))
+    )
     assert calls == [2] * 4  # no second half
 
 
@@ -97,6 +99,8 @@ def test_an_adapter_per_image(pipe, guidance):
 
 def test_refusals(pipe):
     for options, message in [
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: must be a finite number"),
+        ({"guidance_scale": "4"}, "guidance_scale='4': must be a finite number"),
         ({"guidance": "base"}, 'guidance=\'base\' is not a kind of guidance: use "class" or "domain"'),
         ({"adapter_names": ["fox"]}, "give a list of 2, one entry for each image"),
         ({"adapter_names": "fox"}, "give a list of 2"),

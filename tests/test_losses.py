@@ -24,6 +24,7 @@ from difffit_peft.training.losses import (
     training_scheduler,
     vlb_loss,
 )
+from difffit_peft.training.objective import FlowMatching
 
 STEPS = 20
 SHAPE = (5, 2, 3, 3)  # batch, channels, height, width
@@ -246,6 +247,16 @@ def test_a_step_needs_no_float64_on_the_device(prediction_type):
         loss.mean().backward()
     assert loss.is_meta and loss.dtype == torch.float32
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_flow_matching_needs_no_float64_on_the_device():
+    target = FlowMatching(FlowMatchEulerDiscreteScheduler())
+    with FakeTensorMode(allow_non_fake_inputs=True), NoFloat64():
+        x_0, noise = torch.randn(2, 2, 4, 8, 8, device="meta")
+        steps = torch.randint(1000, (2,), device="meta")
+        x_t, timesteps = target.add_noise(x_0, noise, steps)
+        loss = target.losses(x_t, x_0, noise, steps)
+    assert (x_t.dtype, timesteps.dtype, loss.dtype) == (torch.float32,) * 3 and loss.is_meta
 
 
 def test_a_bin_has_the_probability_of_a_normal_distribution():

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 from difffit_peft.base_layers import takes_bias
+from difffit_peft.families.dit.conditioning import _equal
 
 EVERYWHERE = {"gamma_modules": ".*"}
 
@@ -262,6 +263,12 @@ def test_gamma_has_second_derivatives_and_forward_ones():
         }
         for name, transform in transforms.items():
             torch.testing.assert_close(transform(ours), transform(plain), msg=name)
+
+    def of_weight(weight):
+        return functional_call(layer, {"base_layer.weight": weight}, (x,))
+
+    _, found = jvp(of_weight, (weight,), (torch.ones_like(weight),))
+    torch.testing.assert_close(found, (gamma * x.sum(-1, keepdim=True)).expand_as(found))
 
 
 def test_gradient_penalties_and_gradients_per_sample(dit, inputs):
@@ -604,6 +611,24 @@ def test_embedders_that_differ_are_left_alone(dit, inputs):
     assert sum("embedding_table.difffit_delta" in name for name, _ in model.named_parameters()) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 8])
+def test_embedders_are_compared_bit_by_bit(dtype, size):
+    """Also where they lie at odd places of a mapped file, and the size is no multiple of eight bytes."""
+
+    def module(values):
+        linear = torch.nn.Linear(size, 1, bias=False)
+        linear.weight = torch.nn.Parameter(values.view(1, size))
+        return linear
+
+    one = torch.randn(size).to(dtype)
+    other = torch.cat([torch.zeros(1, dtype=dtype), one])[1:]
+    assert _equal(module(one), module(other))
+    other[-1] += 1
+    assert not _equal(module(one), module(other))
+    assert not _equal(module(one), module(one.double()))
+
+
 def test_a_larger_grid_uses_positions_of_the_old_one():
     dit = make_dit()
     model = get_peft_model(dit, DiffFitConfig(sample_size=16))
@@ -637,13 +662,40 @@ def test_scale_factors_keep_no_activations_of_their_own():
     assert extra < 4 * 1.5 * activation  # 4 blocks, where one y for each γ would be 9 activations in a block
 
 
-def test_a_gamma_of_zero_gets_no_gradient_and_the_others_get_theirs():
+@pytest.mark.parametrize("frozen", [False, True])  # in a frozen layer, γ is on the rows of the weight
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gamma_of_zero_gets_its_gradient(dtype, frozen):
+    torch.manual_seed(0)
     layer = torch.nn.Linear(3, 4)
     model = get_peft_model(torch.nn.Sequential(layer), DiffFitConfig(target_modules=["0"], gamma_modules=["0"]))
+    layer.to(dtype).requires_grad_(not frozen)
     gamma = model.base_model.model[0].difffit_gamma["default"]
-    gamma.data = torch.tensor([0.0, 1e-3, -2.0, 1.0])
-    x, grad = torch.randn(5, 3), torch.randn(5, 4)
-    model(x).backward(grad)
-    expected = (grad * layer(x)).sum(0).detach()
-    torch.testing.assert_close(gamma.grad[1:], expected[1:])
-    assert gamma.grad[0] == 0
+    gamma.data = torch.tensor([0.0, 0.125, -2.0, 1.0])
+    x, grad = torch.randn(5, 3, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    output = model(x)
+    output.backward(grad)
+    plain = layer(x).float()
+    rounding = {} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.05}
+    torch.testing.assert_close(output.float(), gamma * plain, **(rounding or {"rtol": 1e-6, "atol": 1e-6}))
+    torch.testing.assert_close(gamma.grad, (grad.float() * plain).sum(0).detach(), **rounding)
+
+
+def test_gamma_is_on_the_rows_of_a_frozen_weight_that_is_smaller_than_its_input():
+    """Otherwise on the outputs. The gradients are the same."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 5)
+    model = get_peft_model(torch.nn.Sequential(layer), DiffFitConfig(target_modules=["0"], gamma_modules=["0"]))
+    randomise(model)
+    values = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(rows, frozen=True):
+        layer.requires_grad_(frozen)
+        layer.weight.requires_grad_(not frozen)
+        x = torch.linspace(-1, 1, rows * 6).sin().view(rows, 6).requires_grad_()
+        output = model(x)
+        function = type(output.grad_fn).__name__
+        return function, torch.autograd.grad(output.square().sum(), [x, *values.values()])
+
+    (few, _), (many, ours), (trained, theirs) = gradients(6), gradients(7), gradients(7, frozen=False)
+    assert (few, many, trained) == ("TimesGammaBackward", "LinearTimesGammaBackward", "TimesGammaBackward")
+    torch.testing.assert_close(ours, theirs)

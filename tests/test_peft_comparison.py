@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -42,7 +43,11 @@ def result(name: str, similarity: float, drift: float, **train) -> dict:
 
 
 def run(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, encoding="utf-8")
+    """Into a pipe of Windows, which lacks the arrows of the table's head."""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    return subprocess.run(
+        [sys.executable, SCRIPT, folder], capture_output=True, text=True, encoding="cp1252", env=environment
+    )
 
 
 def test_the_table(tmp_path):

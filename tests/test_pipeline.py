@@ -440,6 +440,7 @@ def test_keywords_that_no_verb_knows(folder, pipe, keyword):
         lambda **kwargs: pipe.load_difffit_weights(folder / "art", **kwargs),
         lambda **kwargs: hotswap_adapter(pipe.transformer, folder / "fox", "fox", **kwargs),
         lambda **kwargs: pipe.save_difffit_weights(folder / "new", **kwargs),
+        lambda **kwargs: pipe.save_pretrained(folder / "new", **kwargs),
     ):
         with pytest.raises(TypeError, match=keyword):
             verb(**{keyword: 0.3})

@@ -71,9 +71,16 @@ def first_import(path: Path) -> str | None:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_every_script_is_quiet_and_prints_in_any_encoding(path):
-    assert first_import(path) in ("difffit_peft", None)
-    if first_import(path):
-        assert ast.unparse(ast.parse(path.read_text(encoding="utf-8")).body[-1].body[0]).startswith("run_script(")
+    assert first_import(path) == "difffit_peft"
+    assert ast.unparse(ast.parse(path.read_text(encoding="utf-8")).body[-1].body[0]).startswith("run_script(")
+
+
+def test_paths_may_start_in_the_home_folder(monkeypatch):
+    """Shells leave the `~` in `--output_dir=~/adapter`."""
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    assert scripts.user_path("~/adapter") == Path("/home/of/someone/adapter")
+    for path in EXAMPLES.rglob("*.py"):
+        assert "type=Path" not in path.read_text(encoding="utf-8"), path
 
 
 NOISE = [
@@ -158,6 +165,7 @@ def test_numbers_on_the_command_line(least, capsys):
         ),
         (scripts.positive_float, ["1e-3"], ["0", "-1", "nan", "inf", "x"], "is not a number above 0"),
         (scripts.non_negative_float, ["0", "1"], ["-1", "nan", "inf"], "is not a number from 0 up"),
+        (scripts.finite_float, ["-1", "1.5"], ["nan", "inf", "x"], "is not a number that is finite"),
         (scripts.fraction, ["0", "0.999"], ["1", "-0.1", "nan"], "is not a number from 0 to below 1"),
     ],
 )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,9 +199,11 @@ def test_a_base_with_adapters_is_refused(script, workdir, result):
 def test_accumulated_steps_bf16_int8_and_no_average(script, workdir, capsys):
     flags = ("--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--no-use_ema", "--no-random_flip")
     flags += ("--lr_scheduler", "linear", "--lr_warmup_steps", "1", "--num_validation_images", "1")
-    flags += ("--base_precision", "int8")
+    flags += ("--base_precision", "int8", "--checkpointing_steps", "4")
     result = run(script, workdir, "bf16", *flags, "--validation_labels", "cow", "0")
     assert result.steps == STEPS
+    schedule = torch.load(result.output_dir / "checkpoint-4" / "state.pt")["lr_scheduler"]
+    assert schedule["last_epoch"] == STEPS and schedule["_last_lr"] == [0]  # a step of it for each of the optimizer
     assert "in bf16, its blocks in int8: 4 steps" in capsys.readouterr().out
     assert PIL.Image.open(result.grids[-1]).size == (16, 2 * 16)
     adapter = load_file(result.output_dir / "adapter_model.safetensors")
@@ -270,8 +273,14 @@ def test_a_checkpoint_is_the_adapter_of_its_step(script, workdir):
 
 def test_the_home_folder(script, workdir, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/someone")
-    args = script.parse_args([*arguments(workdir, "x"), "--output_dir=~/adapter"])
-    assert args.output_dir == Path("/home/of/someone/adapter")
+    flags = ["--output_dir=~/adapter", "--cache_dir=~/cache", "--resume_from_checkpoint=~/adapter/checkpoint-4"]
+    args = script.parse_args([*arguments(workdir, "x"), *flags])
+    assert args.output_dir == Path("/home/of/someone/adapter") and args.cache_dir == Path("/home/of/someone/cache")
+    assert args.resume_from_checkpoint == Path("/home/of/someone/adapter/checkpoint-4")
+    assert (
+        script.parse_args([*arguments(workdir, "x"), "--resume_from_checkpoint", "latest"]).resume_from_checkpoint
+        == "latest"
+    )
 
 
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(script, workdir):
@@ -534,6 +543,30 @@ def test_two_processes_train_as_one_with_twice_the_batch(alone, workdir, config)
     # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
     for name in [name for name in ours if "to_k.difffit_delta" not in name]:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                "DIFFFIT_TEST_INDUCTOR" not in os.environ,
+                reason="takes a minute, and a compiler of C++: set DIFFFIT_TEST_INDUCTOR",
+            ),
+        ),
+    ],
+)
+def test_compiled_whole_it_trains_the_same(script, workdir, result, monkeypatch, backend):
+    """One graph, without a break: all of a step's forward is compiled."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    compiled = run(script, workdir, backend, "--torch_compile", "--num_validation_images", "0")
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (compiled.output_dir, result.output_dir))
+    assert ours.keys() == theirs.keys()
+    # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps
+    for name in [name for name in ours if "to_k.difffit_delta" not in name]:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_fused", "adamw_8bit"])

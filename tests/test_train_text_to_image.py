@@ -16,10 +16,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from text_pipelines import PIPELINES, make_captioned_folder, make_text_pipeline, qwen_image
 
+from difffit_peft import DiffFitConfig, save_pipeline
 from difffit_peft.training.images import load_captioned_images
 from difffit_peft.training.objective import noising
 from difffit_peft.training.prompts import Prompts, encode_prompts
@@ -411,6 +412,19 @@ def test_prompts_are_encoded_once(tmp_path):
             ["--pretrained_model_name_or_path", "class"],
             "The base is a DiTPipeline, which cannot be .* here: give one of ",
         ),
+        (
+            ["--pretrained_model_name_or_path", "adapted"],
+            "adapted comes with adapters: name their base, or save it with",
+        ),
+        (
+            ["--pretrained_model_name_or_path", "adapted/adapters/x"],
+            "x is not a pipeline: it holds no model_index.json",
+        ),
+        (
+            ["--pretrained_model_name_or_path", "./absent"],
+            "There is no file or folder .*absent, and './absent' cannot be",
+        ),
+        (["--pretrained_model_name_or_path", "~/absent"], "There is no file or folder .*/absent, and "),
         (["--snr_gamma", "5", "--pretrained_model_name_or_path", "SD3"], "--snr_gamma is 5.0, but .* flow matching"),
         (["--weighting_scheme", "none"], "--weighting_scheme is 'none', but the base is trained to predict noise"),
         (["--resolution", "19"], "--resolution is 19, but this base takes multiples of 4: 16 or 20"),
@@ -423,6 +437,10 @@ def test_refuses_before_anything_is_encoded(script, workdir, tmp_path, flags, me
     make_captioned_folder(tmp_path / "empty", ["a", "", "b"])
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    if any("adapted" in flag for flag in flags):
+        pipe = DiffusionPipeline.from_pretrained(workdir / "PixArt")
+        pipe.transformer = get_peft_model(pipe.transformer, DiffFitConfig(), "x")
+        save_pipeline(pipe, tmp_path / "adapted")
     for i, flag in enumerate(flags):
         flags[i] = str(tmp_path / flag) if (tmp_path / flag).exists() else flag
         flags[i] = str(workdir / flag) if flag == "SD3" else flags[i]

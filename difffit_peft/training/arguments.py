@@ -16,6 +16,7 @@ from .images import LabelledImages, load_labelled_images
 from .sampling import null_class
 from .scripts import (
     base_dtype,
+    finite_float,
     fraction,
     launched_precision,
     non_negative_float,
@@ -23,6 +24,7 @@ from .scripts import (
     positive_float,
     positive_int,
     seed_int,
+    user_path,
 )
 
 # What a run must keep to be resumed, beside its data and base.
@@ -57,11 +59,13 @@ def add_image_arguments(group: argparse._ArgumentGroup, condition: tuple[str, st
     group.add_argument("--max_train_samples", type=positive_int, help="take so many images, drawn with --seed")
     group.add_argument("--skip_broken_images", action=switch, default=False, help="leave them out, rather than stop")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that read images")
-    group.add_argument("--cache_dir", help="for downloads and encoded images; default: the Hugging Face cache")
+    group.add_argument(
+        "--cache_dir", type=user_path, help="for downloads and encoded images; default: the Hugging Face cache"
+    )
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    group.add_argument("--guidance_scale", type=float, help="default: 4, or 1 where guidance is trained in")
+    group.add_argument("--guidance_scale", type=finite_float, help="default: 4, or 1 where guidance is trained in")
     group.add_argument("--num_inference_steps", type=positive_int, default=50)
 
 
@@ -161,7 +165,7 @@ def training_parser(
         type=non_negative_int,
         help="kept from training for the validation loss; default: one in twenty, up to 200",
     )
-    base.add_argument("--output_dir", type=lambda path: Path(path).expanduser(), default=Path("difffit-adapter"))
+    base.add_argument("--output_dir", type=user_path, default=Path("difffit-adapter"))
 
     add_difffit_arguments(parser.add_argument_group("DiffFit"))
     training = parser.add_argument_group("training")
@@ -170,7 +174,11 @@ def training_parser(
     keep = parser.add_argument_group("checkpoints and logs")
     keep.add_argument("--checkpointing_steps", type=positive_int, default=500)
     keep.add_argument("--checkpoints_total_limit", type=positive_int, default=2, help="keep so many, the newest")
-    keep.add_argument("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest" of --output_dir')
+    keep.add_argument(
+        "--resume_from_checkpoint",
+        type=lambda text: text if text == "latest" else user_path(text),
+        help='a checkpoint\'s folder, or "latest" of --output_dir',
+    )
     keep.add_argument(
         "--report_to", default="tensorboard", choices=["tensorboard", "wandb", "trackio", "none"], help="tracker"
     )

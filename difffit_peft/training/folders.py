@@ -1,6 +1,8 @@
 """What is read from a folder of images, and what is left out of it."""
 
 import glob
+import hashlib
+import json
 import logging
 import os
 import re
@@ -32,7 +34,7 @@ def load_local(path: Path, split: str, cache_dir: str | None, captioned: bool = 
                 f"train_data_dir {path} is a file but not .parquet: give a folder (unpack archives) or a .parquet file."
             )
         files = {split: glob.escape(str(path))}
-        return load_dataset("parquet", data_files=files, split=split, cache_dir=cache_dir)
+        return load_dataset("parquet", _state([path]), data_files=files, split=split, cache_dir=cache_dir)
 
     nested = path / split
     divided = nested.is_dir() and any(_divides(child) for child in nested.iterdir())
@@ -163,7 +165,8 @@ def _load_metadata(root: Path, scan: _Scan, split: str, cache_dir: str | None) -
     """The rows of the metadata files. They alone decide what is read."""
     files = [glob.escape(str(root / file)) for file in scan.metadata]
     try:
-        table = load_dataset("imagefolder", data_files={split: files}, split=split, cache_dir=cache_dir)
+        state = _state([root / file for file in scan.metadata])
+        table = load_dataset("imagefolder", state, data_files={split: files}, split=split, cache_dir=cache_dir)
     except ValueError as error:
         raise ValueError(f"{listed(scan.metadata)} in {root} cannot be read as metadata of images: {error}") from error
     columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
@@ -175,12 +178,22 @@ def _load_metadata(root: Path, scan: _Scan, split: str, cache_dir: str | None) -
     return table
 
 
+def _state(files: list[Path]) -> str:
+    """A name of the state that files are in, for `datasets` to keep what it read of them under.
+
+    By itself it looks at their paths and times, and an edit may leave the time as it was; but not the time of change.
+    """
+    stats = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in files if (stat := file.stat())]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
 def _load_parquet(path: Path, split: str, cache_dir: str | None) -> Table:
     """Loads the files that `datasets` takes for the split. Warns if there are more."""
     files = _scan(path).parquet
     why = "it follows no links to folders, and passes over names that start with __"
     try:
-        builder = load_dataset_builder("parquet", data_dir=glob.escape(str(path)), cache_dir=cache_dir)
+        state = _state([path / file for file in files])
+        builder = load_dataset_builder("parquet", state, data_dir=glob.escape(str(path)), cache_dir=cache_dir)
     except EmptyDatasetError as error:
         raise ValueError(
             f"train_data_dir {path} holds parquet files ({listed(files)}) that `datasets` does not find: {why}. Give "

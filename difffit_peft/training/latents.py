@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..config import parse_colour
+from ..config import parse_colour, plain
 from ..writing import write
 from .folders import listed
 from .images import LabelledImages, to_pixels
@@ -225,15 +225,16 @@ def encode_latents(
         ValueError: if `background` is not a colour; if images cannot be read, naming them (with `skip_broken_images`,
             if there are no others); or if the VAE gives latents that are not finite.
     """
-    settings = _latent_settings(vae, resolution, random_flip, background)
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    hashes = _image_hashes(data.images, Path(cache_dir), num_workers)
+    settings = _latent_settings(vae, plain(resolution), random_flip, background)
+    cache_dir = Path(cache_dir).expanduser()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    hashes = _image_hashes(data.images, cache_dir, num_workers)
     if check is not None:
         images = {} if skip_broken_images else _describe_images(hashes, data.labels, data.class_names)
         check(settings | images)
     what = json.dumps([_CACHE_FORMAT, settings, hashlib.sha256(hashes.numpy().tobytes()).hexdigest()], sort_keys=True)
     key = hashlib.sha256(what.encode()).hexdigest()[:32]
-    folder = Path(cache_dir) / f"latents-{key}"
+    folder = cache_dir / f"latents-{key}"
     views = 2 if random_flip else 1
     pixels = _PixelDataset(data.images, resolution, background)
     with FileLock(folder.with_suffix(".lock")):

@@ -57,6 +57,9 @@ class TrainingLoop:
         average: running mean of the loss over about 100 steps, or `None` before the first.
         seconds: of each step done here, without what was done between steps.
         stopping: whether `steps` ends after this step, because `stop` was called in one of the processes.
+
+    Raises:
+        ValueError: for a model without parameters that require gradients; for guidance without a null label.
     """
 
     def __init__(
@@ -79,6 +82,11 @@ class TrainingLoop:
         self.objective, self.seed, self.guidance = objective, seed, guidance
         self.max_grad_norm = max_grad_norm or math.inf
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(
+                "The model has no parameters that require gradients. An adapter is loaded to be trained with "
+                "PeftModel.from_pretrained(model, path, is_trainable=True)."
+            )
         self.ema = None
         if ema_decay is not None:
             self.ema = EMAModel([self._flat()], decay=ema_decay, use_ema_warmup=True, power=0.75)

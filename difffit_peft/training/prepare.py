@@ -22,7 +22,7 @@ from accelerate.utils import (
 from huggingface_hub import cached_assets_path, create_repo
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from ..config import DiffFitConfig
 from ..publishing import check_push
@@ -109,6 +109,12 @@ def split(dataset: LatentDataset, held_out: int | None, seed: int) -> tuple[Subs
         raise ValueError(f"--num_held_out_images is {held_out}: it must be 0 to {len(dataset) - 1}, to leave an image.")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(dataset, sorted(order[held_out:])), Subset(dataset, sorted(order[:held_out]))
+
+
+def make_loader(train: Dataset, batch_size: int, num_samples: int, seed: int, num_workers: int = 0) -> DataLoader:
+    """Batches of a whole run, a new order each epoch: one pass, so that each is full, however few the images."""
+    order = RandomSampler(train, num_samples=num_samples, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(train, batch_size, sampler=order, num_workers=num_workers)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -60,7 +60,7 @@ def encode_prompts(
     Raises:
         ValueError: if embeddings are not finite.
     """
-    folder = Path(cache_dir) / f"prompts-{key}"
+    folder = Path(cache_dir).expanduser() / f"prompts-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:32] for prompt in prompts]
     files = [folder / f"{name}.safetensors" for name in names]

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from peft import PeftModel
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..explanation import explain
@@ -40,6 +40,7 @@ from .prepare import (
     check_output_dir,
     checkpoint_to_resume,
     create_repository,
+    make_loader,
     make_optimizer,
     start,
 )
@@ -131,10 +132,8 @@ def build(args: argparse.Namespace, accelerator: Accelerator, task: Task) -> Run
     counts = sum(p.numel() for p in parameters), base_parameters(model)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(task.train) / samples_per_step)
-    # One pass over the sampler is the whole run, a new order each epoch: every batch is full, however few the images.
     num_samples = total_steps * samples_per_step
-    order = RandomSampler(task.train, num_samples=num_samples, generator=torch.Generator().manual_seed(args.seed))
-    loader = DataLoader(task.train, args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers)
+    loader = make_loader(task.train, args.train_batch_size, num_samples, args.seed, args.dataloader_num_workers)
     optimizer = make_optimizer(parameters, args)
     lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,

@@ -52,8 +52,17 @@ def non_negative_float(text: str) -> float:
     return _float(text, "from 0 up", lambda value: 0 <= value < math.inf)
 
 
+def finite_float(text: str) -> float:
+    return _float(text, "that is finite", math.isfinite)
+
+
 def fraction(text: str) -> float:
     return _float(text, "from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+def user_path(text: str) -> Path:
+    """A path in which `~` is the home folder: shells leave it in `--output_dir=~/adapter`."""
+    return Path(text).expanduser()
 
 
 def _float(text: str, which: str, fits: Callable[[float], bool]) -> float:

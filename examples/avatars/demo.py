@@ -12,12 +12,11 @@ to pictures held out from training, and how many of the adapter's a classifier t
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
 from difffit_peft import DiffFitDiTPipeline
-from difffit_peft.training.scripts import positive_int, run_script
+from difffit_peft.training.scripts import finite_float, positive_float, positive_int, run_script, user_path
 from difffit_peft.writing import write
 from diffusers import DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
@@ -29,30 +28,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_difffit  # noqa: E402
 
-NULL_CLASS = 1000
 STEPS, LEARNING_RATE = 700, 8e-3
 HELD_OUT = 60  # of each class, and as many samples
 CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
 SHOWN = 3  # seeds of each class
 
 
-def fastest_precision() -> str:
-    """ "bf16" where this machine multiplies matrices faster in it, else "no"."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(1024, 1024, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        return time.perf_counter() - start
-
-    return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "no"
-
-
-def train_adapter(
-    base: Path, domain: str, output_dir: Path, cache: Path, precision: str, steps: int, rate: float, *more: str
-):
+def train_adapter(base: Path, domain: str, output_dir: Path, cache: Path, steps: int, rate: float, *more: str):
     """Trains an adapter of a domain with `examples/train_difffit.py`; `more` are options of that script.
 
     Its classes start from those of the base that they are variants of, where there are such.
@@ -72,7 +54,7 @@ def train_adapter(
                 *("--lr_scheduler", "cosine"),
                 *("--lr_warmup_steps", "20"),
                 *("--snr_gamma", "5"),  # as the base was trained
-                *("--mixed_precision", precision),
+                *("--mixed_precision", "no"),  # so that figures depend on the machine as little as can be
                 *("--num_validation_images", "0"),
                 *("--num_held_out_images", "0"),
                 *("--report_to", "none"),
@@ -89,7 +71,7 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
     """A labelled grid: a row per entry, with `SHOWN` pictures of each name side by side."""
     figure = Figure(figsize=(0.8 * SHOWN * len(names), 0.95 * len(rows)), dpi=130)
     widths = [1, 1, 1, 0.15] * len(names)
-    axes = figure.subplots(len(rows), len(widths) - 1, width_ratios=widths[:-1])
+    axes = figure.subplots(len(rows), len(widths) - 1, width_ratios=widths[:-1], squeeze=False)
     for row, (title, images) in enumerate(rows.items()):
         for column, axis in enumerate(axes[row]):
             axis.set_xticks([]), axis.set_yticks([])
@@ -101,40 +83,42 @@ def draw(rows: dict[str, Tensor], names: list[str], path: Path) -> None:
             if row == 0 and place == SHOWN // 2:
                 axis.set_title(names[group], fontsize=9)
         axes[row, 0].set_ylabel(title, fontsize=9)
-    figure.subplots_adjust(left=0.03, right=0.999, top=0.92, bottom=0.005, wspace=0.03, hspace=0.03)
+    header = 0.228 / figure.get_figheight()  # inches, for the names
+    figure.subplots_adjust(left=0.03, right=0.999, top=1 - header, bottom=0.005, wspace=0.03, hspace=0.03)
     write(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--base", type=Path, default=HERE / "base")
+    parser.add_argument("--output_dir", type=user_path, default=Path("demo"))
+    parser.add_argument("--base", type=user_path, default=HERE / "base")
     parser.add_argument("--domain", choices=list(DOMAINS), default="inside")
     parser.add_argument("--max_train_steps", type=positive_int, default=STEPS)
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--learning_rate", type=positive_float, default=LEARNING_RATE)
+    parser.add_argument("--guidance_scale", type=finite_float, default=2.0)
+    parser.add_argument("--guidance", choices=["class", "domain"], default="domain", help="of the adapted model")
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
     args = parser.parse_args()
 
     adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
-    precision = fastest_precision()
     steps, rate = args.max_train_steps, args.learning_rate
-    result = train_adapter(args.base, args.domain, adapter, cache, precision, steps, rate)
+    result = train_adapter(args.base, args.domain, adapter, cache, steps, rate)
 
     names, new = zip(*DOMAINS[args.domain].items(), strict=True)
     train = real(new, CLASSIFIED, "train", cache)
     known = real([(style, {}) for style in BASE], CLASSIFIED, "train", cache)
     held_out, other = (real(new, HELD_OUT, split, cache) for split in ("test", "other"))
 
-    pipe = DiffFitDiTPipeline.from_pretrained(args.base, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    pipe = DiffFitDiTPipeline.from_pretrained(args.base, dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     labels = [label for label in range(len(new)) for _ in range(HELD_OUT)]
     how = (args.guidance_scale, args.num_inference_steps)
-    like = [BASE.index(style) if style in BASE else NULL_CLASS for style, _ in new]
+    null = pipe.transformer.config.num_embeds_ada_norm
+    like = [BASE.index(style) if style in BASE else null for style, _ in new]
     before = sample(pipe, [like[label] for label in labels], *how, "Sampling the base")
     pipe.load_difffit_weights(adapter)
-    after = sample(pipe, labels, *how, "Sampling the adapted model", guidance="domain")
+    after = sample(pipe, labels, *how, "Sampling the adapted model", guidance=args.guidance)
 
     picture = args.output_dir / "before_after.png"
     shown = [label * HELD_OUT + seed for label in range(len(new)) for seed in range(SHOWN)]
@@ -156,7 +140,7 @@ def main() -> None:
         f"{recognised['after']:.0%} (other real ones: {recognised['real']:.0%})\n"
         f"Trained parameters: {result.trained_parameters:,}, {result.trained_share:.2%} of the base's\n"
         f"Adapter: {adapter}, {result.adapter_bytes:,} bytes\n"
-        f"{result.steps} steps, {result.seconds_per_step:.2f} s each, in {precision.replace('no', 'fp32')}\n"
+        f"{result.steps} steps, {result.seconds_per_step:.2f} s each, in fp32\n"
         f"Picture: {picture}"
     )
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import finite_float, positive_int, run_script, user_path
 from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler
 from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
 from matplotlib.figure import Figure
@@ -40,12 +40,14 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--steps", type=Path, nargs="+", default=[HERE / "base"], help="pipelines, in their order")
-    arguments.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
-    arguments.add_argument("--per_class", type=int, default=10, help="samples of each class")
-    arguments.add_argument("--guidance_scale", type=float, default=2.0)
-    arguments.add_argument("--num_inference_steps", type=int, default=15)
-    arguments.add_argument("--classifier_steps", type=int, default=1500)
+    arguments.add_argument(
+        "--steps", type=user_path, nargs="+", default=[HERE / "base"], help="pipelines, in their order"
+    )
+    arguments.add_argument("--cache_dir", type=user_path, default=CACHE, help="rendered pictures")
+    arguments.add_argument("--per_class", type=positive_int, default=10, help="samples of each class")
+    arguments.add_argument("--guidance_scale", type=finite_float, default=2.0)
+    arguments.add_argument("--num_inference_steps", type=positive_int, default=15)
+    arguments.add_argument("--classifier_steps", type=positive_int, default=1500)
     args = arguments.parse_args()
     args.per_class = 4 if args.short else args.per_class
     if len(args.steps) > 1 and not all(folder.name.rpartition("-")[2].isdecimal() for folder in args.steps):

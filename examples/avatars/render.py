@@ -25,7 +25,7 @@ import datasets
 import numpy as np
 import resvg_py
 from dicebear import Avatar, Style
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import positive_int, run_script, user_path
 from difffit_peft.writing import write
 from PIL import Image
 from tqdm import tqdm
@@ -170,8 +170,8 @@ def bundle(path: Path, domain: str, count: int, split: str, cache_dir: Path = CA
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache_dir", type=Path, default=CACHE)
-    parser.add_argument("--count", type=int, default=5000, help="pictures of each style of the base")
+    parser.add_argument("--cache_dir", type=user_path, default=CACHE)
+    parser.add_argument("--count", type=positive_int, default=5000, help="pictures of each style of the base")
     parser.add_argument("--domains", action="store_true", help="the bundled domains in the place of the base's styles")
     args = parser.parse_args()
     if args.domains:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from difffit_peft.training.objective import noising
 from difffit_peft.training.sampling import Draws
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import positive_float, positive_int, run_script, seed_int, user_path
 from difffit_peft.training.text_to_image import PixArt
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from diffusers.training_utils import EMAModel
@@ -213,21 +213,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     base = commands.add_parser("base", help="trains the base")
-    base.add_argument("--output_dir", type=Path, required=True)
-    base.add_argument("--work_dir", type=Path, default=Path("runs/avatars/text-to-image"), help="checkpoints, previews")
-    base.add_argument("--pictures_per_style", type=int, default=1000)
-    base.add_argument("--steps", type=int, default=2600)
-    base.add_argument("--batch_size", type=int, default=16)
-    base.add_argument("--learning_rate", type=float, default=1e-3)
-    base.add_argument("--seed", type=int, default=0)
+    base.add_argument("--output_dir", type=user_path, required=True)
+    base.add_argument(
+        "--work_dir", type=user_path, default=Path("runs/avatars/text-to-image"), help="checkpoints, previews"
+    )
+    base.add_argument("--pictures_per_style", type=positive_int, default=1000)
+    base.add_argument("--steps", type=positive_int, default=2600)
+    base.add_argument("--batch_size", type=positive_int, default=16)
+    base.add_argument("--learning_rate", type=positive_float, default=1e-3)
+    base.add_argument("--seed", type=seed_int, default=0)
     base.set_defaults(command=train_base)
     images = commands.add_parser("images", help="draws zombies, which the base never saw")
-    images.add_argument("--output_dir", type=Path, required=True)
-    images.add_argument("--count", type=int, default=120)
+    images.add_argument("--output_dir", type=user_path, required=True)
+    images.add_argument("--count", type=positive_int, default=120)
     images.set_defaults(command=write_images)
     picture = commands.add_parser("picture", help="the base, the adapter and real pictures side by side")
     for name in ("base", "adapter", "output"):
-        picture.add_argument(f"--{name}", type=Path, required=True)
+        picture.add_argument(f"--{name}", type=user_path, required=True)
     picture.set_defaults(command=show)
     args = parser.parse_args()
     args.command(args)

@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from datasets import load_dataset
 from difffit_peft.training.losses import diffusion_loss
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import (
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run_script,
+    seed_int,
+    user_path,
+)
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -302,22 +309,24 @@ def write(trained: DiTTransformer2DModel, vae: AutoencoderKL, scheduler: DDIMSch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/avatars/pipeline"))
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/avatars/base"), help="checkpoints and previews")
-    parser.add_argument("--cache_dir", type=Path, default=CACHE, help="rendered pictures")
+    parser.add_argument("--output_dir", type=user_path, default=Path("runs/avatars/pipeline"))
+    parser.add_argument(
+        "--work_dir", type=user_path, default=Path("runs/avatars/base"), help="checkpoints and previews"
+    )
+    parser.add_argument("--cache_dir", type=user_path, default=CACHE, help="rendered pictures")
     parser.add_argument("--vae_init", help="an AutoencoderKL of the same widths to start from")
-    parser.add_argument("--vae_steps", type=int, default=2400)
-    parser.add_argument("--decoder_steps", type=int, default=2400)
+    parser.add_argument("--vae_steps", type=non_negative_int, default=2400)
+    parser.add_argument("--decoder_steps", type=non_negative_int, default=2400)
     parser.add_argument(
         "--stage", choices=["all", "decoder", "dit"], default="all", help="decoder and dit can run at once; then all"
     )
-    parser.add_argument("--pictures_per_style", type=int, default=5000)
-    parser.add_argument("--dit_steps", type=int, default=40000)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=6e-4)
-    parser.add_argument("--saving_steps", type=int, default=1000)
-    parser.add_argument("--num_threads", type=int, default=2, help="one, where other programs run beside")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures_per_style", type=positive_int, default=5000)
+    parser.add_argument("--dit_steps", type=positive_int, default=40000)
+    parser.add_argument("--batch_size", type=positive_int, default=64)
+    parser.add_argument("--learning_rate", type=positive_float, default=6e-4)
+    parser.add_argument("--saving_steps", type=positive_int, default=1000)
+    parser.add_argument("--num_threads", type=positive_int, default=2, help="one, where other programs run beside")
+    parser.add_argument("--seed", type=seed_int, default=0)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.num_threads)

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import run_script, user_path
 from difffit_peft.writing import write
 from PIL import Image as PILImage
 from tqdm import tqdm
@@ -65,7 +65,7 @@ def hold_out(dataset: Dataset) -> dict[str, Dataset]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE / "data/far")
+    parser.add_argument("--output_dir", type=user_path, default=HERE / "data/far")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True)  # npm verifies its checksum

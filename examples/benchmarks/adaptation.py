@@ -1,20 +1,23 @@
 """One adaptation of the bundled base to a domain: trained, measured, and kept as a JSON file.
 
 Every method is trained by the same loop (`difffit_peft.training.loop`) on the same images in the same order, with the
-same noise and timesteps: AdamW, a cosine schedule with a short warm-up, min-SNR weights of 5 as the base was trained
-with, and averaged weights. All is a function of the `Run`: on one machine, with the same number of threads, the same
-run gives the same figures to the last digit.
+same noise and timesteps: AdamW at a constant rate after a short warm-up, min-SNR weights of 5 as the base was trained
+with, and averaged weights, which are what is measured, on the way and at the end. All is a function of the `Run`: on
+one machine, with the same number of threads, the same run gives the same figures to the last digit.
 """
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,6 +30,7 @@ from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolv
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from methods import trained
+from report import machine
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
@@ -39,7 +43,8 @@ from render import BUNDLED, bundle  # noqa: E402
 
 import evaluate_images  # noqa: E402
 
-COLUMNS = 10  # of a grid of samples
+MARKS = (30, 100, 300, 1000, 3000, 10000)  # steps at which a run is measured
+SHOWN = 4  # rows and columns of the samples that are kept
 VALIDATION_SEED = 0
 
 
@@ -53,7 +58,10 @@ class Run:
         learning_rate: the highest of the schedule.
         seed: of the initialisation, the order of images, all draws, and the samples.
         steps: optimiser steps; 0 measures the base as it is.
-        num_images: how many to sample, in classes as frequent as among the held-out images; 0: the loss alone.
+        num_images: how many to sample, in classes as frequent as among the held-out images; 0: the loss alone, on
+            images that learning rates are chosen by, at the end.
+        images_per_class: of the images to train on, a tenth of which learning rates are chosen by; `None`: all that
+            there are. More than are bundled are rendered.
     """
 
     domain: str
@@ -67,11 +75,13 @@ class Run:
     guidance_scale: float = 1.5  # as the paper samples
     num_inference_steps: int = 15
     mixed_precision: str = "no"
+    images_per_class: int | None = None
 
     @property
     def name(self) -> str:
         method = self.method.replace(" ", "-").replace("/", "-")
         size = f"{self.resolution}px-{self.steps}steps-{self.num_images}images"
+        size += f"-{self.images_per_class}per-class" * (self.images_per_class is not None)
         return f"{self.domain}-{method}-lr{self.learning_rate:.2g}-seed{self.seed}-{size}"
 
 
@@ -79,7 +89,8 @@ class Bench:
     """Makes runs, and keeps what they gave: what was done once is not done again.
 
     Args:
-        folder: for runs, samples, encoded images and what judges them.
+        folder: for what runs gave: a JSON and a few samples each.
+        cache: for images, latents and what judges them, which can be made again.
         attach: puts a method, by its name, on a transformer of the base, for a number of new classes, and returns the
             model to train.
         classifier_steps: for how long the classifier of a domain's classes is trained.
@@ -90,58 +101,53 @@ class Bench:
     def __init__(
         self,
         folder: Path,
+        cache: Path,
         attach: Callable[[str, DiTTransformer2DModel, int], nn.Module],
         classifier_steps: int,
         held_out: int,
         max_samples: int | None = None,
     ) -> None:
-        self.folder, self.attach = folder, attach
+        self.folder, self.cache, self.attach = folder, cache, attach
         self.classifier_steps, self.held_out, self.max_samples = classifier_steps, held_out, max_samples
         self._judges: dict[tuple[str, int], Judge] = {}
-        self._datasets: dict[tuple[str, int], tuple[Subset, Subset, LatentDataset]] = {}
+        self._latents: dict[tuple, LatentDataset] = {}
 
     def stored(self, run: Run) -> dict | None:
         """What the run gave, if it was made."""
-        path = self.folder / "runs" / f"{run.name}.json"
+        path = self.folder / f"{run.name}.json"
         record = json.loads(path.read_text()) if path.exists() else None
         return record["result"] if record and record["run"] == dataclasses.asdict(run) else None
 
     def result(self, run: Run) -> dict:
         """What the run gives; it is made if it was not.
 
-        Losses are those of the averaged weights at fixed noise; `fid`, `kid`, `precision` and `recall` as in
-        `examples/evaluate_images.py`, by the features of EfficientNet-Lite0, against the held-out images; `recognised`
-        is the share of samples that a classifier takes for their class. Samples are kept beside, as one PNG of ten
-        columns. `cpu_seconds_per_step` counts the work of all threads, which a busy machine changes less than it does
-        `seconds_per_step`, the median. A run whose loss is not finite gives {"diverged": why}.
+        `curve` has the measures at each of `MARKS` and at the last step, `step` among them; those of the last step
+        stand beside it too. `loss` is that of the averaged weights at fixed noise; the other measures are those of
+        `Judge`. `seconds_per_step` is a median, `seconds` those of all with the measuring. A run whose loss is not
+        finite gives {"diverged": why}.
         """
         result = self.stored(run)
         if result is None:
+            start = time.perf_counter()
             result = self._make(run)
-            record = json.dumps({"run": dataclasses.asdict(run), "result": result}, indent=1)
-            write(self.folder / "runs" / f"{run.name}.json", lambda path: path.write_text(record + "\n"))
+            result["seconds"] = time.perf_counter() - start
+            record = json.dumps({"run": dataclasses.asdict(run), "machine": machine(), "result": result}, indent=1)
+            write(self.folder / f"{run.name}.json", lambda path: path.write_text(record + "\n"))
         return result
 
-    def prepare(self, domain: str, resolution: int) -> None:
-        """Makes what runs share, so that processes that start together do not make it twice."""
-        self._dataset(domain, resolution)
-        self.judge(domain, resolution)
-
     def floor(self, run: Run) -> dict:
-        """What training images would get in the place of the run's samples."""
+        """What bundled images would get in the place of the run's samples."""
         data = self._images(run.domain, "train", run.resolution)
         rows = torch.arange(len(data))[:: max(1, len(data) // run.num_images)][: run.num_images]
-        judge = self.judge(run.domain, run.resolution)
-        return judge(pixels(data, rows.tolist(), run.resolution), data.labels[rows])
+        return self.judge(run.domain, run.resolution)(pixels(data, rows.tolist(), run.resolution), data.labels[rows])
 
     def held_out_pictures(self, domain: str, resolution: int, count: int) -> Tensor:
-        """(count, side, side, 3), uint8, of the classes that samples have."""
+        """(count, 3, side, side), uint8, of the classes that samples have."""
         data = self._images(domain, "test", resolution)
         rows = data.labels.sort(stable=True).indices[torch.arange(count) * len(data) // count]
-        return pixels(data, rows.tolist(), resolution).permute(0, 2, 3, 1)
+        return pixels(data, rows.tolist(), resolution)
 
     def _make(self, run: Run) -> dict:
-        train, validation, test = self._dataset(run.domain, run.resolution)
         accelerator = Accelerator(cpu=True, mixed_precision=run.mixed_precision)
         set_seed(run.seed)
         pipe = base()
@@ -150,86 +156,103 @@ class Bench:
         parameters = trained(model)
         noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         optimizer = torch.optim.AdamW(parameters.values(), lr=run.learning_rate, weight_decay=0.0)
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=run.steps // 20, num_training_steps=run.steps)
+        schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=20)
+        train, validation = self._split(run)
         count = run.steps * run.batch_size
         order = RandomSampler(train, num_samples=max(count, 1), generator=torch.Generator().manual_seed(run.seed))
         loader = DataLoader(train, run.batch_size, sampler=order)
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
         objective = class_conditional(model, noise_scheduler, snr_gamma=5)
         loop = TrainingLoop(accelerator, model, optimizer, schedule, objective, seed=run.seed, ema_decay=0.9999)
-        cpu = time.process_time()
-        if run.steps:
-            try:
-                for _ in tqdm(loop.steps(loader), desc=run.name, total=run.steps, mininterval=5):
-                    pass
-            except Diverged as error:
-                return {"diverged": str(error)}
-        cpu = time.process_time() - cpu
-
-        result = {
-            "parameters": sum(p.numel() for p in parameters.values()) if run.steps else 0,
-            "seconds_per_step": statistics.median(loop.seconds) if run.steps else None,
-            "cpu_seconds_per_step": cpu / run.steps if run.steps else None,
-            "training_loss": loop.average,
-        }
-        loop.seed = VALIDATION_SEED  # the same noise in every run, whatever its seed
-        with loop.averaged_weights():
-            if run.num_images:
-                result["loss"] = loop.validation_loss(ConcatDataset([test] * 2), 50)
-                pipe.transformer = model.eval()
-                labels = evaluate_images.spread(test.labels, run.num_images)
-                how = (run.guidance_scale, run.num_inference_steps)
-                images = sample(pipe, labels, *how, run.name, first_seed=1000 * run.seed)
-                result |= self.judge(run.domain, run.resolution)(images, torch.tensor(labels))
-                pictures = DiTPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
-                grid = make_image_grid(pictures, len(pictures) // COLUMNS, COLUMNS)
-                write(self.folder / "samples" / f"{run.name}.png", lambda path: grid.save(path, format="PNG"))
-            else:
+        pipe.transformer = model
+        result = {"parameters": sum(p.numel() for p in parameters.values()) if run.steps else 0, "curve": []}
+        try:
+            for _ in tqdm(loop.steps(loader) if run.steps else [], desc=run.name, total=run.steps, mininterval=5):
+                if run.num_images and loop.step in MARKS and loop.step < run.steps:
+                    result["curve"].append(self._measures(run, loop, pipe, train))
+        except Diverged as error:
+            return {"diverged": str(error)}
+        if run.num_images:
+            result["curve"].append(self._measures(run, loop, pipe, train))
+            result |= result["curve"][-1]
+        else:
+            loop.seed = VALIDATION_SEED
+            with loop.averaged_weights():
                 result["loss"] = loop.validation_loss(ConcatDataset([validation] * 2), 50)
         accelerator.free_memory()
+        if run.steps:
+            result["seconds_per_step"] = statistics.median(loop.seconds)
         return result
 
-    def _images(self, domain: str, split: str, resolution: int) -> LabelledImages:
-        """The bundled images of a domain; where there are none of this split and size, they are rendered."""
+    def _measures(self, run: Run, loop: TrainingLoop, pipe: DiTPipeline, train: Subset) -> dict:
+        """Of the averaged weights as they are now; writes samples. Training goes on as if it had not been."""
+        test = self._encoded(run.domain, "test", run.resolution)
+        judge = self.judge(run.domain, run.resolution)
+        loop.seed = VALIDATION_SEED  # the same noise in every run, whatever its seed
+        with loop.averaged_weights():
+            pipe.transformer.eval()
+            loss = loop.validation_loss(ConcatDataset([test] * 2), 50)
+            labels = evaluate_images.spread(test.labels, run.num_images)
+            how = (run.guidance_scale, run.num_inference_steps)
+            images = sample(pipe, labels, *how, run.name, first_seed=1000 * run.seed)
+            pipe.transformer.train()
+        loop.seed = run.seed
+        write(self.folder / f"{run.name}.webp", lambda path: tiles(images).save(path, format="WEBP", quality=90))
+        data = self._images(run.domain, "train", run.resolution, run.images_per_class)
+        memorised = judge.memorised(images, pixels(data, train.indices, run.resolution))
+        return {"step": loop.step, "loss": loss, **judge(images, torch.tensor(labels)), "memorised": memorised}
+
+    def _images(self, domain: str, split: str, resolution: int, count: int | None = None) -> LabelledImages:
+        """The bundled images of a domain; where there are none of this split and size, or too few, they are rendered.
+
+        Args:
+            count: of each class to train on.
+        """
         path = AVATARS / "data" / domain / f"{split}.parquet"
-        if resolution != 64 or not path.exists():
-            count = self.held_out if split == "test" else BUNDLED[domain]
-            path = self.folder / "rendered" / f"{domain}-{split}-{resolution}px-{count}.parquet"
+        if resolution != 64 or not path.exists() or (count or 0) > BUNDLED.get(domain, math.inf):
+            count = self.held_out if split == "test" else max(count or 0, BUNDLED[domain])
+            path = self.cache / "rendered" / f"{domain}-{split}-{resolution}px-{count}.parquet"
             if not path.exists():
-                bundle(path, domain, count, split, self.folder / "rendered", resolution)
+                bundle(path, domain, count, split, self.cache / "rendered", resolution)
         return load_labelled_images(
-            train_data_dir=path, max_samples=self.max_samples, seed=0, cache_dir=self.folder / "datasets"
+            train_data_dir=path, max_samples=self.max_samples, seed=0, cache_dir=self.cache / "datasets"
         )
 
-    def _dataset(self, domain: str, resolution: int) -> tuple[Subset, Subset, LatentDataset]:
-        """The images to train on, a tenth of them to choose learning rates by, and those to measure by."""
-        if (domain, resolution) not in self._datasets:
-            images, test = (
-                encode_latents(
-                    base().vae,
-                    self._images(domain, split, resolution),
-                    resolution,
-                    self.folder / "latents",
-                    random_flip=False,
-                )
-                for split in ("train", "test")
+    def _encoded(self, domain: str, split: str, resolution: int, count: int | None = None) -> LatentDataset:
+        key = (domain, split, resolution, count)
+        if key not in self._latents:
+            images = self._images(*key)
+            self._latents[key] = encode_latents(
+                base().vae, images, resolution, self.cache / "latents", random_flip=False
             )
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-            held = len(order) // 10
-            self._datasets[domain, resolution] = Subset(images, order[held:]), Subset(images, order[:held]), test
-        return self._datasets[domain, resolution]
+        return self._latents[key]
+
+    def _split(self, run: Run) -> tuple[Subset, Subset]:
+        """The images to train on, and a tenth as many to choose learning rates by."""
+        latents = self._encoded(run.domain, "train", run.resolution, run.images_per_class)
+        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0)).tolist()
+        if run.images_per_class:  # so many of each class
+            seen: Counter[int] = Counter()
+            labels = latents.labels.tolist()
+            order = [i for i in order if (seen.update([labels[i]]) or seen[labels[i]] <= run.images_per_class)]
+        held = len(order) // 10
+        return Subset(latents, order[held:]), Subset(latents, order[:held])
 
     def judge(self, domain: str, resolution: int) -> "Judge":
         """What measures samples of a domain."""
         if (domain, resolution) not in self._judges:
             train, test = (self._images(domain, split, resolution) for split in ("train", "test"))
-            path = self.folder / f"classifier-{domain}-{resolution}px-{self.classifier_steps}steps-{len(train)}.pt"
+            path = self.cache / f"classifier-{domain}-{resolution}px-{self.classifier_steps}steps-{len(train)}.pt"
             self._judges[domain, resolution] = Judge(train, test, resolution, path, self.classifier_steps)
         return self._judges[domain, resolution]
 
 
 class Judge:
     """Measures samples by the features of EfficientNet-Lite0 and by a classifier of the domain's classes.
+
+    `fid`, `kid`, `precision` and `recall` are as in `examples/evaluate_images.py`, by EfficientNet-Lite0's features
+    against the held-out images; `fid_classifier` by those of the classifier. `recognised` is the share of samples that
+    the classifier takes for their class.
 
     Args:
         train: what the features' components and the classifier are of.
@@ -241,8 +264,9 @@ class Judge:
 
     def __init__(self, train: LabelledImages, test: LabelledImages, resolution: int, path: Path, steps: int) -> None:
         pictures = pixels(train, range(len(train)), resolution)
+        real = pixels(test, range(len(test)), resolution)
         self.network = ImageNetFeatures(pictures)
-        self.real = self.network(pixels(test, range(len(test)), resolution))
+        self.real = self.network(real)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.classifier = Classifier(len(train.class_names))
@@ -251,16 +275,44 @@ class Judge:
                 write(path, lambda partial: torch.save(self.classifier.state_dict(), partial))
         self.classifier.load_state_dict(torch.load(path))
         self.classifier.eval().requires_grad_(False)
+        self.classified = self._classified(real)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        measures = evaluate_images.compare(self.real, self.network(images))
-        return {**measures, "recognised": self.classifier.accuracy(images, labels)}
+        features = self.network(images)
+        return {
+            **evaluate_images.compare(self.real, features),
+            "fid_classifier": evaluate_images.compare(self.classified, self._classified(images))["fid"],
+            "recognised": self.classifier.accuracy(images, labels),
+        }
+
+    def memorised(self, images: Tensor, train: Tensor) -> float:
+        """The share of images that have a training image nearer to them than 99 of 100 held-out images have.
+
+        By EfficientNet-Lite0's features. Where nothing is memorised, it is about 0.01.
+
+        Args:
+            images, train: (N, 3, side, side) and (M, 3, side, side), uint8.
+        """
+        known = self.network(train)
+        nearest, usual = (torch.cdist(features, known).amin(1) for features in (self.network(images), self.real))
+        return (nearest < usual.quantile(0.01)).float().mean().item()
+
+    def _classified(self, images: Tensor) -> Tensor:
+        """The classifier's features, (N, 64)."""
+        return torch.cat([self.classifier(batch) for batch in images.split(100)])
 
 
 def pixels(data: LabelledImages, rows: Iterable[int], resolution: int) -> Tensor:
     """The images of these rows, uint8 (N, 3, resolution, resolution)."""
     decoding = data.images.cast_column("image", datasets.Image())
     return torch.stack([to_bytes(to_pixels(decoding[row]["image"], resolution)) for row in rows])
+
+
+def tiles(images: Tensor) -> PIL.Image.Image:
+    """A square of `SHOWN` x `SHOWN` of the images, (N, 3, side, side), uint8, taken at equal distances."""
+    rows = torch.arange(SHOWN**2) * len(images) // SHOWN**2
+    pictures = [PIL.Image.fromarray(images[row].permute(1, 2, 0).numpy()) for row in rows]
+    return make_image_grid(pictures, SHOWN, SHOWN)
 
 
 def base() -> DiTPipeline:

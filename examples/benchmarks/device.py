@@ -75,6 +75,17 @@ def measure(make: Callable[[], Callable[[], object]], device: torch.device, roun
     return {"seconds": seconds, "peak_bytes": peak}
 
 
+def product_seconds(dtype: torch.dtype) -> float:
+    """Of a product of matrices as in these models, on the CPU: whether it is slower in bfloat16 than in float32."""
+    x, weight = torch.randn(1024, 1152).to(dtype), torch.randn(4608, 1152).to(dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
@@ -109,6 +120,12 @@ def about_device(device: str) -> str:
 
 def median_seconds(measured: Measured) -> float:
     return statistics.median(measured["seconds"])
+
+
+def rate_within(budget: float, found: dict[int, dict[str, Measured | None]], name: str) -> float | None:
+    """Images a second at the largest batch that takes so many GB; `None` where none does."""
+    fits = [batch for batch, results in found.items() if (r := results.get(name)) and r["peak_bytes"] / 1e9 <= budget]
+    return max(fits) / median_seconds(found[max(fits)][name]) if fits else None
 
 
 def device_table(title: str, reference: str, found: dict[int, dict[str, Measured | None]]) -> str:

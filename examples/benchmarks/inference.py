@@ -7,7 +7,8 @@ With `--device cuda`: all 28 blocks in bfloat16, each way to sample at each batc
 `training_speed.py` does it; then loading and batches of several adapters as below, on the GPU. The rest of this text is
 about the CPU.
 
-At the width of DiT-XL/2 with random weights and adapters of random values, in float32, without gradients.
+At the width of DiT-XL/2 with random weights and adapters of random values, without gradients, in float32; sampling in
+bfloat16 too, where the processor multiplies matrices as fast in it.
 
 - Sampling: one evaluation of the transformer for 2 images and their 2 unconditional twins, which with guidance is a
   sampling step but for the scheduler's few operations. The base, DiffFit with γ as published, with γ on adaLN and with
@@ -15,6 +16,7 @@ At the width of DiT-XL/2 with random weights and adapters of random values, in f
   plain Diffusers DiT, and so is what `merge_and_unload` makes.
 - Loading and switching, by `DiffFitDiTPipeline`, of adapters for all 28 blocks and 101 classes, from files that were
   read before.
+- `import difffit_peft`, after Diffusers and PEFT, in fresh processes.
 - One batch of 32 samples with an adapter per sample, 1, 8 or 32 different ones, `adapter_names=[...]`, against the same
   batch with one active adapter; 2 blocks.
 """
@@ -23,6 +25,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +41,7 @@ from device import (
     measure,
     measure_all,
     median_seconds,
+    product_seconds,
     seconds_of,
 )
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline
@@ -93,8 +98,16 @@ def evaluation(model: nn.Module, batch: int, device: str = "cpu", **kwargs: obje
     return lambda: model(x_t, timestep=timestep, class_labels=labels, **kwargs)
 
 
-def sampling(num_layers: int, rounds: int) -> Seconds:
-    return take_turns({way: evaluation(model_of(way, num_layers), BATCH) for way in WAYS}, rounds, "sampling")
+def sampling(num_layers: int, rounds: int, dtype: torch.dtype = torch.float32) -> Seconds:
+    ways = {way: evaluation(model_of(way, num_layers, dtype), BATCH) for way in WAYS}
+    return take_turns(ways, rounds, f"sampling, {dtype}")
+
+
+def import_seconds(rounds: int) -> list[float]:
+    """What importing this package takes after Diffusers and PEFT, in fresh processes; the first warms up."""
+    code = "import time, diffusers, peft; start = time.time(); import difffit_peft; print(time.time() - start)"
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for _ in range(rounds + 1)]
+    return [float(run.stdout.split()[-1]) for run in runs[1:]]
 
 
 @torch.no_grad()
@@ -163,11 +176,14 @@ def ratio(seconds: Seconds, numerator: str, denominator: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
 
 
-def plot(steps: Seconds, batches: dict[str, Seconds]) -> Figure:
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.boxplot([steps[name] for name in reversed(steps)], orientation="horizontal", tick_labels=list(reversed(steps)))
-    left.set(xlabel="seconds per evaluation", title="sampling")
+def plot(by_precision: dict[str, Seconds], batches: dict[str, Seconds]) -> Figure:
+    count = len(by_precision)
+    figure = Figure(figsize=(5.5 * (count + 1), 3.2), layout="constrained")
+    *left, right = figure.subplots(1, count + 1)
+    for axis, (precision, steps) in zip(left, by_precision.items(), strict=True):
+        names = list(reversed(steps))
+        axis.boxplot([steps[name] for name in names], orientation="horizontal", tick_labels=names)
+        axis.set(xlabel="seconds per evaluation", title=f"sampling, {precision}")
     for method, seconds in batches.items():
         right.plot(list(seconds), [ratio(seconds, name, "one active") for name in seconds], marker="o", label=method)
     right.set(xlabel=f"different adapters in a batch of {MIXED_BATCH}", ylabel="÷ one active adapter", ylim=(0, None))
@@ -195,10 +211,15 @@ def adapter_tables(loading: Seconds, batches: dict[str, Seconds], num_layers: in
     ]
 
 
-def targets_of(merged: float, unmerged: float, loading: Seconds, difffit: Seconds, where: str = "") -> list[dict]:
+def targets_of_sampling(merged: float, unmerged: float, where: str = "") -> list[dict]:
     return [
         target(f"DiffFit merged ÷ base, sampling{where}", "≤", 1.01, merged),
         target(f"DiffFit unmerged ÷ base, sampling{where}", "≤", 1.03, unmerged),
+    ]
+
+
+def targets_of_adapters(loading: Seconds, difffit: Seconds, where: str = "") -> list[dict]:
+    return [
         target(f"batch of 32: 32 adapters ÷ one{where}", "≤", 1.10, ratio(difffit, f"{MIXED_BATCH}", "one active")),
         target(f"load a DiT-XL/2 adapter, s{where}", "≤", 0.15, statistics.median(loading["load the first"])),
         target(f"load ten, s{where}", "≤", 1.0, statistics.median(loading[f"load {SEVERAL}, one by one"])),
@@ -227,7 +248,10 @@ def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
         "Sampling on a GPU",
         "\n\n".join(parts),
         {"sampling": found, "adapters": loading, "mixed": mixtures},
-        targets=targets_of(merged / base, unmerged / base, loading, mixtures["DiffFit"], ", on a GPU, bf16"),
+        targets=[
+            *targets_of_sampling(merged / base, unmerged / base, ", on a GPU, bf16"),
+            *targets_of_adapters(loading, mixtures["DiffFit"], ", on a GPU, bf16"),
+        ],
     )
 
 
@@ -241,34 +265,51 @@ def main() -> None:
         return
     torch.set_num_threads(2)  # the targets are for 2 cores
     num_layers = 4 if args.short else 8
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    product = {precision: product_seconds(dtype) for precision, dtype in precisions.items()}
+    timed = [precision for precision in precisions if product[precision] <= product["fp32"]]
     with torch.no_grad():
-        steps = sampling(num_layers, rounds=3 if args.short else 20)
+        steps = {name: sampling(num_layers, 3 if args.short else 20, precisions[name]) for name in timed}
         loading = adapters(rounds=3 if args.short else 10)
         methods = ("DiffFit",) if args.short else ("DiffFit", "LoRA")
         batches = {method: mixed(method, rounds=1 if args.short else 6) for method in methods}
+    imports = import_seconds(1 if args.short else 5)
 
-    parts = [
-        f"Random weights at DiT-XL/2's width, float32; medians (and ranges). One evaluation of {num_layers} blocks for "
-        f"a batch of {BATCH} latents, {len(steps['base'])} rounds in turn:",
+    tables = [
         table(
-            ("", "s", "÷ base"),
-            [[name, spread(values), f"{ratio(steps, name, 'base'):.3f}"] for name, values in steps.items()],
-        ),
+            (precision, "s", "÷ base"),
+            [[name, spread(values), f"{ratio(seconds, name, 'base'):.3f}"] for name, values in seconds.items()],
+        )
+        for precision, seconds in steps.items()
+    ]
+    parts = [
+        f"Random weights at DiT-XL/2's width, float32 but for sampling; medians (and ranges). One evaluation of "
+        f"{num_layers} blocks for a batch of {BATCH} latents, {len(steps['fp32']['base'])} rounds in turn"
+        + (":" if "bf16" in timed else ", in float32 alone, as bfloat16 is slower on this processor:"),
+        *tables,
         *adapter_tables(loading, batches, MIXED_BLOCKS),
+        f"`import difffit_peft` after Diffusers and PEFT takes {spread(imports)} s.",
     ]
     publish(
         folder,
         "inference",
         "Sampling, loading, and many adapters in one batch",
         "\n\n".join(parts),
-        {"blocks": num_layers, "sampling": steps, "adapters": loading, "mixed": batches},
+        {"blocks": num_layers, "sampling": steps, "adapters": loading, "mixed": batches, "import": imports},
         plot(steps, batches),
-        targets_of(
-            ratio(steps, "DiffFit, merged", "base"),
-            ratio(steps, "DiffFit, unmerged", "base"),
-            loading,
-            batches["DiffFit"],
-        ),
+        [
+            *(
+                made
+                for precision, seconds in steps.items()
+                for made in targets_of_sampling(
+                    ratio(seconds, "DiffFit, merged", "base"),
+                    ratio(seconds, "DiffFit, unmerged", "base"),
+                    f", {precision}",
+                )
+            ),
+            *targets_of_adapters(loading, batches["DiffFit"]),
+            target("import difffit_peft after Diffusers and PEFT, s", "≤", 0.3, statistics.median(imports)),
+        ],
     )
 
 

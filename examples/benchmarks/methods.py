@@ -11,10 +11,10 @@ What each trains:
 - "full": every parameter.
 - "BitFit": every bias, and the rows of the class table that DiffFit trains. Biases are unfrozen where they are, which
   is the fastest way to do it; `DiffFitConfig(gamma_modules=[])` trains the same with layers of ours around each bias.
-- LoRA, LoHa, LoKr, OFT and IA³: PEFT's, on the six linear layers of attention and feed-forward in every block. With
-  `num_classes` they train the rows of the class table that DiffFit trains; else it is frozen. Options are PEFT's
-  defaults but for alpha = r, which scales the update by 1. IA³ scales the
-  inputs of the feed-forward's second layer and the outputs of the others.
+- LoRA, LoHa, LoKr, OFT, IA³ and GLoRA: PEFT's, on the six linear layers of attention and feed-forward in every block.
+  With `num_classes` they train the rows of the class table that DiffFit trains; else it is frozen. Options are PEFT's
+  defaults but for alpha = r, which scales the update by 1. IA³ scales the inputs of the feed-forward's second layer and
+  the outputs of the others. GLoRA has vectors in the place of matrices; they can do what γ and δ do.
 - "LN tuning": the affine parameters of every LayerNorm. A DiT's have none, as adaLN computes scale and shift from the
   timestep and class: it trains nothing, and PEFT's `LNTuningConfig` stops with an `AttributeError` (peft 0.21), so that
   the norms are unfrozen where they are.
@@ -37,6 +37,7 @@ from difffit_peft import DiffFitConfig
 from difffit_peft.families.dit import conditioning
 from diffusers import DiTTransformer2DModel
 from peft import (
+    GloraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -66,6 +67,7 @@ _PEFT: dict[str, PeftConfig] = {
     "LoKr": LoKrConfig(target_modules=LAYERS, r=8, alpha=8),
     "OFT": OFTConfig(target_modules=LAYERS),
     "IA³": IA3Config(target_modules=LAYERS, feedforward_modules=["ff.net.2"]),
+    "GLoRA, vectors": GloraConfig(target_modules=LAYERS, config_A_B="vector", config_C="vector", config_D_E="vector"),
 }
 
 METHODS = ("full", "BitFit", *_PEFT, "LN tuning", *DIFFFIT)

@@ -9,8 +9,9 @@ published table, and says how to run the script with DiffFit.
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
+
+from difffit_peft.training.scripts import run_script, user_path
 
 NOT_SAVED = 99_999_999  # what run.py writes for the size of a file that it could not save
 
@@ -43,9 +44,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a folder of JSON files of PEFT's method_comparison/image-gen")
+    parser.add_argument("results", type=user_path, help="a folder of JSON files of PEFT's method_comparison/image-gen")
     folder = parser.parse_args().results
-    results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     finished = [result for result in results if result["train_info"]["status"] == "success"]
     if not finished:
         parser.error(f"{folder} holds no result of a finished run: give the folder that PEFT's run.py writes to.")
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,7 +36,7 @@ import matplotlib
 matplotlib.use("Agg")
 import psutil
 import torch
-from difffit_peft.training.scripts import run_script
+from difffit_peft.training.scripts import run_script, user_path
 from difffit_peft.writing import write
 from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--short", action="store_true", help="a short form, for a first look: more noise, fewer cases")
     result.add_argument(
         "--output_dir",
-        type=Path,
+        type=user_path,
         help="for JSON, plots and tables; the targets go to the page beside it, OUTPUT_DIR.md (default: docs/results, "
         "or runs/benchmarks with --short)",
     )
@@ -106,13 +106,16 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     )
 
 
-def target(what: str, bound: str, limit: float, measured: float | None) -> dict[str, Any]:
+def target(
+    what: str, bound: str, limit: float, measured: float | None, unmeasured: str = "not measured"
+) -> dict[str, Any]:
     """A row of the table of targets; whether it is met is worked out here: `measured` `bound` `limit`.
 
     Args:
         what: what was measured, with its unit.
         bound: "≤" or "≥".
         measured: `None` where this form of the benchmark does not measure it: neither met nor missed.
+        unmeasured: why that is, and what would measure it.
 
     Raises:
         ValueError: for another bound.
@@ -120,7 +123,8 @@ def target(what: str, bound: str, limit: float, measured: float | None) -> dict[
     if bound not in _BOUNDS:
         raise ValueError(f"bound={bound!r}: must be one of {', '.join(_BOUNDS)}.")
     met = None if measured is None else _BOUNDS[bound](measured, limit)
-    return {"what": what, "target": f"{bound} {limit:g}", "measured": measured, "met": met}
+    why = {"unmeasured": unmeasured} if measured is None else {}
+    return {"what": what, "target": f"{bound} {limit:g}", "measured": measured, "met": met} | why
 
 
 def publish(
@@ -178,9 +182,11 @@ def write_section(page: Path, name: str, markdown: str) -> None:
 
 def targets_table(targets: Iterable[dict[str, Any]]) -> str:
     """What was measured against what was aimed at, met or not."""
-    words = {True: "met", False: "**not met**", None: "not measured"}
+    words = {True: "met", False: "**not met**"}
     rows = [
-        (t["what"], t["target"], "" if t["measured"] is None else f"{t['measured']:.4g}", words[t["met"]])
+        (t["what"], t["target"], f"{t['measured']:.4g}", words[t["met"]])
+        if t["measured"] is not None
+        else (t["what"], t["target"], "", t.get("unmeasured", "not measured"))
         for t in targets
     ]
     return table(("", "target", "measured", ""), rows)

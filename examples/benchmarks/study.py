@@ -4,34 +4,50 @@ What the benchmarks of quality and of resolution share: `Form` says how much is 
 rest makes tables and plots of what is done so far.
 """
 
-import argparse
 import dataclasses
 import statistics
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import adaptation
 import PIL.Image
 import torch
 from adaptation import Bench, Run
+from difffit_peft.training.scripts import user_path
 from diffusers import DiTTransformer2DModel
-from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
 from report import ROOT, output_dir, parser, spread, table
 from torch import nn
 
 MEASURES = {
-    "loss": "loss",
     "fid": "Fréchet distance",
+    "fid_classifier": "by the classifier",
     "kid": "KID",
     "precision": "precision",
     "recall": "recall",
     "recognised": "recognised",
+    "memorised": "memorised",
 }
-NUM_SHOWN = 12  # samples of each method in the plot
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What models are adapted to, and for how long at most.
+
+    Attributes:
+        domain: of `examples/avatars/data`.
+        images_per_class: to train on; `None`: all that there are.
+        steps: of the longest run.
+    """
+
+    domain: str
+    images_per_class: int | None
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return self.domain + (f", {self.images_per_class} a class" if self.images_per_class else "")
+
 
 Rows = dict[str, list[tuple[Run, dict]]]
 """For each method the runs that are made, one for each seed, and their results."""
@@ -42,20 +58,21 @@ class Form:
     """How much a long or a short form does.
 
     Attributes:
-        rates: for each method, the learning rates that its sweep starts with.
-        sweep_steps: of each run of a sweep; 0: no sweep, and the middle one of `rates`.
+        rates: for each method, the learning rates that its sweep starts with; the most telling methods first.
+        cells: the most telling first.
+        sweep: where learning rates are chosen, and how many steps each run takes; 0: no sweep, the middle one of
+            `rates`.
         extensions: how often a sweep whose best learning rate is at its edge goes on beyond it.
         variants: methods that are run at DiffFit's learning rate, with the first seed.
-        factors: of DiffFit's learning rate, run with the first seed; the first two before `variants`.
+        num_images: samples that are measured.
         classifier_steps, held_out, max_samples: see `adaptation.Bench`.
-        threads: of the process of each domain; the figures depend on them a little, so they are the same everywhere.
+        threads: the figures depend on them a little.
     """
 
     rates: dict[str, tuple[float, float, float]]
-    domains: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    sweep: Cell
     seeds: tuple[int, ...]
-    steps: int
-    sweep_steps: int
     num_images: int
     classifier_steps: int
     held_out: int
@@ -65,7 +82,6 @@ class Form:
     extensions: int = 2
     threads: int = 1
     variants: tuple[str, ...] = ()
-    factors: tuple[float, ...] = ()
 
 
 class Study:
@@ -74,25 +90,26 @@ class Study:
     def __init__(self, form: Form, bench: Bench, mixed_precision: str) -> None:
         self.form, self.bench, self.mixed_precision = form, bench, mixed_precision
 
-    def run(self, domain: str, method: str, rate: float, seed: int = 0) -> Run:
+    def run(self, cell: Cell, method: str, rate: float, seed: int = 0) -> Run:
         form = self.form
         return Run(
-            domain,
+            cell.domain,
             method,
             rate,
             seed,
-            form.steps,
+            cell.steps,
             form.num_images,
+            images_per_class=cell.images_per_class,
             resolution=form.resolution,
             batch_size=form.batch_size,
             mixed_precision=self.mixed_precision,
         )
 
-    def base(self, domain: str, seed: int = 0) -> Run:
+    def base(self, cell: Cell, seed: int = 0) -> Run:
         """Not trained: γ = 1 and δ = 0 change nothing."""
-        return dataclasses.replace(self.run(domain, "DiffFit", 0.0, seed), steps=0)
+        return dataclasses.replace(self.run(cell, "DiffFit", 0.0, seed), steps=0)
 
-    def sweep(self, domain: str, method: str, make: bool) -> dict[float, float] | None:
+    def sweep(self, method: str, make: bool) -> dict[float, float] | None:
         """The loss at each learning rate of a method, infinite where it diverged; `None` if not all is made.
 
         Args:
@@ -102,7 +119,7 @@ class Study:
         pending, extensions = list(self.form.rates[method]), self.form.extensions
         while pending:
             rate = pending.pop(0)
-            run = dataclasses.replace(self.run(domain, method, rate), steps=self.form.sweep_steps, num_images=0)
+            run = dataclasses.replace(self.run(self.form.sweep, method, rate), num_images=0)
             result = self.bench.result(run) if make else self.bench.stored(run)
             if result is None:
                 return None
@@ -111,49 +128,58 @@ class Study:
                 pending, extensions = [beyond], extensions - 1
         return losses
 
-    def best(self, domain: str, method: str, make: bool = False) -> Run | None:
+    def best(self, cell: Cell, method: str, make: bool = False) -> Run | None:
         """A method's run at the best learning rate of its sweep, if that is made."""
-        if not self.form.sweep_steps:
-            return self.run(domain, method, self.form.rates[method][1])
-        losses = self.sweep(domain, method, make)
-        return losses and self.run(domain, method, min(losses, key=losses.__getitem__))
+        if method not in self.form.rates:  # a variant
+            difffit = self.best(cell, "DiffFit", make)
+            return difffit and dataclasses.replace(difffit, method=method)
+        if not self.form.sweep.steps:
+            return self.run(cell, method, self.form.rates[method][1])
+        losses = self.sweep(method, make)
+        return losses and self.run(cell, method, min(losses, key=losses.__getitem__))
 
-    def comparison(self, domain: str, seed: int) -> Iterator[Run]:
-        """Makes the sweeps that are needed, and yields the runs of the main table."""
-        yield self.base(domain, seed)
-        for method in self.form.rates:
-            yield dataclasses.replace(self.best(domain, method, make=True), seed=seed)
+    def runs(self, cells: Sequence[Cell], make: bool = False) -> Iterator[Run]:
+        """All runs, the most telling first. Those whose learning rate is not known yet, with the middle one of `rates`.
 
-    def variants(self, domain: str, make: bool = False) -> Iterator[tuple[str, Run]]:
-        """Runs of the ablation and their names, all at DiffFit's learning rate but those that change it."""
-        difffit = self.best(domain, "DiffFit", make)
-        if difffit:
-            for factor in self.form.factors[:2]:
-                yield f"learning rate x{factor:.2g}", _at(difffit, factor)
-            for method in self.form.variants:
-                yield method, dataclasses.replace(difffit, method=method)
-            for factor in self.form.factors[2:]:
-                yield f"learning rate x{factor:.2g}", _at(difffit, factor)
-
-    def tiles(self, run: Run, count: int) -> list[PIL.Image.Image]:
-        """`count` of a run's samples, at the same places in every run: those of a place are of one class and seed."""
-        grid = PIL.Image.open(self.bench.folder / "samples" / f"{run.name}.png")
-        side = grid.width // adaptation.COLUMNS
-        places = [divmod(i * run.num_images // count, adaptation.COLUMNS) for i in range(count)]
-        return [grid.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y, x in places]
-
-    def real_tiles(self, domain: str, count: int) -> list[PIL.Image.Image]:
-        """`count` held-out pictures of the classes of `tiles`."""
-        pictures = self.bench.held_out_pictures(domain, self.form.resolution, self.form.num_images)
-        return [PIL.Image.fromarray(pictures[i * len(pictures) // count].numpy()) for i in range(count)]
-
-    def make(self, domain: str) -> None:
-        """Makes all that is not made of a domain, the most telling first."""
+        Args:
+            make: make the sweeps that are needed, so that all rates are known.
+        """
         for seed in self.form.seeds:
-            for run in self.comparison(domain, seed):
-                self.bench.result(run)
-        for _, run in self.variants(domain, make=True):
+            for cell in cells:
+                yield self.base(cell, seed)
+            for method in self.form.rates:
+                for cell in cells:
+                    run = self.best(cell, method, make) or self.run(cell, method, self.form.rates[method][1])
+                    yield dataclasses.replace(run, seed=seed)
+        for method in self.form.variants:
+            for cell in cells:
+                yield self.best(cell, method, make) or self.run(cell, method, self.form.rates["DiffFit"][1])
+
+    def outlook(self, cells: Sequence[Cell]) -> str:
+        """How much is to be done, and how long it will take by what is done."""
+        steps, measured, seconds, trained = 0, 0, 0.0, 0
+        for run in self.runs(cells):
+            if result := self.bench.stored(run):
+                seconds, trained = seconds + result.get("seconds", 0), trained + run.steps
+            else:
+                steps, measured = steps + run.steps, measured + 1
+        if not measured:
+            return "All runs are made."
+        left = f"about {steps * seconds / trained / 3600:.1f} hours" if trained else "the first runs will tell how long"
+        return f"{measured} runs of {steps:,} steps in all are to be made, beside the sweeps of learning rates: {left}."
+
+    def make(self, cells: Sequence[Cell]) -> None:
+        for run in self.runs(cells, make=True):
             self.bench.result(run)
+
+    def tiles(self, run: Run) -> PIL.Image.Image:
+        """Some of a run's samples at its last step, those of a place of one class and seed in every run."""
+        return PIL.Image.open(self.bench.folder / f"{run.name}.webp")
+
+    def real_tiles(self, cell: Cell) -> PIL.Image.Image:
+        """Held-out pictures of the classes of `tiles`."""
+        pictures = self.bench.held_out_pictures(cell.domain, self.form.resolution, self.form.num_images)
+        return adaptation.tiles(pictures)
 
 
 def _beyond(losses: dict[float, float]) -> float | None:
@@ -164,24 +190,25 @@ def _beyond(losses: dict[float, float]) -> float | None:
     return float(f"{best / 10**0.5:.1g}") if best == min(losses) else None
 
 
-def _at(run: Run, factor: float) -> Run:
-    return dataclasses.replace(run, learning_rate=float(f"{run.learning_rate * factor:.2g}"))
+def stored(study: Study, cell: Cell) -> Rows:
+    """The rows of a table: the methods that have a run with the first seed, and the seeds that all of them have.
 
-
-def stored(study: Study, domain: str) -> Rows:
-    """The rows of the main table: the methods that have a run with the first seed, and the seeds that all of them have.
-
-    So methods are always compared at the same seeds, whatever is still to be made.
+    So methods are always compared at the same seeds, whatever is still to be made. Variants are in no other seed.
     """
-    best = {"base": study.base(domain)} | {method: study.best(domain, method) for method in study.form.rates}
+    methods = {"base": study.base(cell)} | {method: study.best(cell, method) for method in study.form.rates}
     made: Rows = {}
-    for name, run in best.items():
+    for name, run in methods.items():
         of_name = [dataclasses.replace(run, seed=seed) for seed in study.form.seeds] if run else []
         pairs = [(seeded, result) for seeded in of_name if (result := study.bench.stored(seeded))]
         if pairs and pairs[0][0].seed == study.form.seeds[0]:
             made[name] = pairs
     common = set.intersection(*({run.seed for run, _ in pairs} for pairs in made.values())) if made else set()
-    return {name: [(run, r) for run, r in pairs if run.seed in common] for name, pairs in made.items()}
+    rows = {name: [(run, r) for run, r in pairs if run.seed in common] for name, pairs in made.items()}
+    for name in study.form.variants:
+        run = study.best(cell, name)
+        if run and (result := study.bench.stored(run)):
+            rows[name] = [(run, result)]
+    return rows
 
 
 def seeds(rows: Rows) -> str:
@@ -195,96 +222,100 @@ def center(pairs: list[tuple[Run, dict]], key: str) -> float | None:
     return statistics.median(values) if values and None not in values else None
 
 
-def cells(results: list[dict], keys: Iterable[str]) -> list[str]:
+def best_step(result: dict) -> dict:
+    """The measures at the step with the lowest Fréchet distance."""
+    return min(result["curve"], key=lambda measures: measures["fid"])
+
+
+def at_best(pairs: list[tuple[Run, dict]]) -> float | None:
+    """The Fréchet distance at the best step of each run, the median over the seeds."""
+    if not pairs or any("curve" not in result for _, result in pairs):
+        return None
+    return statistics.median(best_step(result)["fid"] for _, result in pairs)
+
+
+def cells_of(results: list[dict], keys: Iterable[str]) -> list[str]:
     """Median and range over the results; nothing where they do not have a measure."""
     if any("diverged" in result for result in results):
         return ["diverged" for _ in keys]
-    return [
-        "" if results[0].get(key) is None else spread([r[key] for r in results], 4 if key == "loss" else 3)
-        for key in keys
-    ]
+    return ["" if results[0].get(key) is None else spread([r[key] for r in results], 3) for key in keys]
 
 
-def comparison_table(study: Study, domain: str, rows: Rows) -> str:
-    keys = [*MEASURES, "cpu_seconds_per_step"]
+def comparison_table(study: Study, cell: Cell, rows: Rows) -> str:
     lines = []
     for name, made in rows.items():
-        run, result = made[0]
-        count, rate = result.get("parameters", 0), f"{run.learning_rate:g}"
-        if study.form.sweep_steps and run.steps and _beyond(study.sweep(domain, name, make=False)):
+        run, results = made[0][0], [result for _, result in made]
+        count, rate = results[0].get("parameters", 0), f"{run.learning_rate:g}"
+        if name in study.form.rates and study.form.sweep.steps and _beyond(study.sweep(name, make=False)):
             rate += " (edge)"
+        best = ["", ""]
+        if run.steps and all("curve" in result for result in results):
+            found = [best_step(result) for result in results]
+            best = [spread([m["fid"] for m in found], 3), ", ".join(str(m["step"]) for m in found)]
         head = [name, f"{count:,}", f"{count * 4e-6:.2f}", rate] if run.steps else [name, "", "", ""]
-        lines.append([*head, *cells([r for _, r in made], keys)])
-    lines.append(["other real images", "", "", "", *cells([study.bench.floor(study.base(domain))], keys)])
-    return table(["", "trained", "MB", "learning rate", *MEASURES.values(), "CPU s a step"], lines)
+        lines.append([*head, *best, *cells_of(results, [*MEASURES, "seconds_per_step"])])
+    lines.append(["other real images", *[""] * 5, *cells_of([study.bench.floor(study.base(cell))], [*MEASURES, "s"])])
+    columns = ["", "trained", "MB", "learning rate", "best", "at step", *MEASURES.values(), "s a step"]
+    return table(columns, lines)
 
 
-def plot(study: Study, rows: dict[str, Rows]) -> Figure:
-    """For each domain: Fréchet distances, sweeps, and samples of the first seed, those of a column from one seed."""
-    figure = Figure(figsize=(7 * len(rows), 11), layout="constrained")
-    axes = figure.subplots(3, len(rows), squeeze=False, height_ratios=[2, 2, 3]).T
-    for (domain, made), (bars, lines, pictures) in zip(rows.items(), axes, strict=True):
-        made = {name: pairs for name, pairs in made.items() if not any("diverged" in r for _, r in pairs)}
-        made = {textwrap.fill(name, 24): pairs for name, pairs in made.items()}
+def plot(study: Study, rows: dict[Cell, Rows]) -> Figure:
+    """For each cell: Fréchet distances over steps, over seconds, and the best one over the size of the file."""
+    figure = Figure(figsize=(4.5 * len(rows), 10), layout="constrained")
+    axes = figure.subplots(3, len(rows), squeeze=False).T
+    for (cell, made), (by_step, by_second, by_size) in zip(rows.items(), axes, strict=True):
         for name, pairs in made.items():
-            distances = [r["fid"] for _, r in pairs]
-            bars.barh(name, statistics.median(distances), color="tab:red" if name == "DiffFit" else "tab:blue")
-            bars.plot(distances, [name] * len(distances), "k.", markersize=5)
-        bars.invert_yaxis()
-        bars.set(title=f"{domain}: Fréchet distance; dots: each seed", xlim=0)
-        for name, pairs in made.items():
-            losses = name != "base" and study.form.sweep_steps and study.sweep(domain, pairs[0][0].method, make=False)
-            if losses:
-                points = sorted((rate, loss) for rate, loss in losses.items())
-                lines.plot(*zip(*points, strict=True), ".-", label=name, linewidth=3 if name == "DiffFit" else 1)
-        lines.set(xscale="log", xlabel="learning rate", ylabel="loss", title=f"after {study.form.sweep_steps} steps")
-        if lines.lines:
-            best = [min(line.get_ydata()) for line in lines.lines]
-            lines.set(ylim=(0.98 * min(best), 1.3 * max(best)))  # a diverging run is not to flatten the others
-            lines.legend(fontsize=7)
-        strips = {}
-        for name, pairs in made.items():
-            strips[name] = make_image_grid(study.tiles(pairs[0][0], NUM_SHOWN), 1, NUM_SHOWN)
-        if strips:
-            pictures.imshow(make_image_grid(list(strips.values()), len(strips), 1))
-            side = next(iter(strips.values())).height
-            pictures.set_yticks([(i + 0.5) * side for i in range(len(strips))], strips)
-        pictures.set_xticks([])
-        pictures.spines[:].set_visible(False)
+            run, result = pairs[0]
+            if "diverged" in result:
+                continue
+            if not run.steps:
+                for axis in (by_step, by_second, by_size):
+                    axis.axhline(result["fid"], color="grey", linestyle=":", label=name)
+                continue
+            steps, distances = [m["step"] for m in result["curve"]], [m["fid"] for m in result["curve"]]
+            style = {"label": name, "linewidth": 3 if name == "DiffFit" else 1}
+            (line,) = by_step.plot(steps, distances, ".-", **style)
+            by_second.plot([step * result["seconds_per_step"] for step in steps], distances, ".-", **style)
+            by_size.plot(result["parameters"] * 4e-6, min(distances), "o", color=line.get_color(), label=name)
+        by_step.set(title=cell.name, xlabel="steps", ylabel="Fréchet distance", xscale="log")
+        by_second.set(xlabel="seconds of training", ylabel="Fréchet distance", xscale="log")
+        by_size.set(xlabel="MB of the adapter", ylabel="best Fréchet distance", xscale="log")
+        by_step.legend(fontsize=7)
     return figure
 
 
 def execute(
     description: str | None,
+    name: str,
     long: Form,
     short: Form,
     attach: Callable[[str, DiTTransformer2DModel, int], nn.Module],
     report: Callable[[Study, Path], None],
 ) -> None:
-    """What the command line of a benchmark does: makes the runs, those of each domain in a process, and reports.
+    """What the command line of a benchmark does: makes the runs, and reports.
 
     Args:
+        name: of the folder of the runs.
         attach: see `adaptation.Bench`.
         report: publishes a study's results to a folder.
     """
     arguments = parser(description)
-    arguments.add_argument("--work_dir", type=Path, help="where runs are kept; default: runs/quality or quality-short")
+    arguments.add_argument(
+        "--cache_dir", type=user_path, default=ROOT / "runs/study", help="for images, latents, classifiers"
+    )
     arguments.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where it is faster")
     arguments.add_argument("--report", action="store_true", help="make no runs: report those that are made")
-    arguments.add_argument("--domain", choices=long.domains, help=argparse.SUPPRESS)  # make its runs, and no report
+    arguments.add_argument(
+        "--cells", nargs="+", type=int, help="make the runs of these alone, 0 for the first; several can go on at once"
+    )
     args = arguments.parse_args()
     form = short if args.short else long
     torch.set_num_threads(form.threads)
-    folder = args.work_dir or ROOT / ("runs/quality-short" if args.short else "runs/quality")
-    bench = Bench(folder, attach, form.classifier_steps, form.held_out, form.max_samples)
+    folder = output_dir(args)
+    bench = Bench(folder / name, args.cache_dir, attach, form.classifier_steps, form.held_out, form.max_samples)
     study = Study(form, bench, args.mixed_precision)
-    if args.domain:
-        study.make(args.domain)
-        return
     if not args.report:
-        for domain in form.domains:
-            bench.prepare(domain, form.resolution)
-        processes = [subprocess.Popen([sys.executable, *sys.argv, "--domain", domain]) for domain in form.domains]
-        if any([process.wait() for process in processes]):
-            raise SystemExit("A process failed (see above). What it had done is kept.")
-    report(study, output_dir(args))
+        cells = [form.cells[index] for index in args.cells] if args.cells else form.cells
+        print(study.outlook(cells))
+        study.make(cells)
+    report(study, folder)

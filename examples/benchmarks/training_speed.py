@@ -19,7 +19,8 @@ optimiser (AdamW) and EMA of the weights are timed apart.
 - Memory: each method in a fresh process, two steps; the process's peak of resident memory (Linux counts it anew when
   asked) less what it had after its imports. So it is what the machine must have, the allocator's waste included, and
   not a sum over tensors.
-- All 28 blocks, once, for the methods that the targets name: the second of two steps, each method in a fresh process.
+- At a batch of 16, too, at 4 blocks: the methods that the targets name, in turn.
+- All 28 blocks, once, for the same methods: the second of two steps, each method in a fresh process.
 - Where the time goes: torch's profile of three steps in fp32, by operator, each method in a fresh process.
 
 fp32 is float32 throughout. bf16 is autocast with the frozen weights held in bfloat16 and what is trained in float32,
@@ -31,14 +32,15 @@ its memory alone is measured, at 4 blocks and, for full fine-tuning and DiffFit,
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from device import (
+    BUDGETS,
     Measured,
     Stopwatch,
     about_device,
@@ -49,6 +51,8 @@ from device import (
     measure,
     measure_all,
     median_seconds,
+    product_seconds,
+    rate_within,
     resident,
 )
 from difffit_peft.training.base_precision import check_base_precision, lower_blocks
@@ -63,11 +67,12 @@ from tqdm import tqdm
 
 PHASES = ("forward", "backward", "optimiser", "EMA")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BATCH, DEPTHS, FULL_DEPTH = 4, (2, 4), 28
+BATCH, LARGER_BATCH, DEPTHS, FULL_DEPTH = 4, 16, (2, 4), 28
 PROFILED, NUM_OPERATORS = ["full", "LoRA r=8", "DiffFit", "floor"], 9
 OF_TARGETS = ["full", "BitFit", "LoRA r=8", "DiffFit", "DiffFit + int8 base", "DiffFit r=1", "floor"]
 OF_MEMORY = ["full", "DiffFit", "DiffFit + int8 base"]  # where bf16 is not timed
-ALL = [name for name in (*METHODS, "DiffFit + int8 base", "floor") if name != "LN tuning"]  # which trains nothing here
+_LEFT_OUT = ("LN tuning", "LoRA r=2", "LoRA r=16", "LoKr")  # trains nothing here; as r=8; as LoHa
+ALL = [*(name for name in METHODS if name not in _LEFT_OUT), "DiffFit + int8 base", "floor"]
 
 GPU_METHODS = [
     "full",
@@ -83,6 +88,11 @@ GPU_METHODS = [
     "DiffFit + fp8 base",
     "floor",
 ]
+OF_A_GPU = {  # targets that need one
+    "full ÷ DiffFit, seconds per step, DiT-XL/2 on a GPU, bf16": 1.8,
+    "DiffFit ÷ full, images a second within 24 GB, each at its largest batch, DiT-XL/2 on a GPU, bf16": 3.0,
+    "full ÷ DiffFit with its base in int8 or fp8, seconds per step, DiT-XL/2 on a GPU, bf16": 2.6,
+}
 Steps = list[list[float]]  # seconds of each phase, step by step
 
 
@@ -134,11 +144,13 @@ class Trainer:
         return watch.seconds()
 
 
-def take_turns(methods: list[str], precision: str, rounds: int) -> dict[int, dict[str, Steps]]:
-    """Steps of all methods at both depths in turn, by depth and method; a round to warm up is left out."""
-    trainers = {(depth, name): Trainer(name, depth, precision) for depth in DEPTHS for name in methods}
-    steps: dict[int, dict[str, Steps]] = {depth: {name: [] for name in methods} for depth in DEPTHS}
-    for turn in tqdm(range(rounds + 1), desc=f"{precision}, {len(methods)} methods in turn"):
+def take_turns(
+    methods: list[str], precision: str, rounds: int, batch: int, depths: tuple[int, ...]
+) -> dict[int, dict[str, Steps]]:
+    """Steps of all methods at these depths in turn, by depth and method; a round to warm up is left out."""
+    trainers = {(depth, name): Trainer(name, depth, precision, batch=batch) for depth in depths for name in methods}
+    steps: dict[int, dict[str, Steps]] = {depth: {name: [] for name in methods} for depth in depths}
+    for turn in tqdm(range(rounds + 1), desc=f"{precision}, batch {batch}, {len(methods)} methods in turn"):
         for (depth, name), trainer in trainers.items():
             seconds = trainer.step()
             if turn:
@@ -183,12 +195,13 @@ def measure_on_device(args: argparse.Namespace, folder: Path) -> None:
         "peak of allocated memory. On the right: at the largest of these batches that fits."
     )
     tables = [device_table(f"{side} pixels", "full", of_side) for side, of_side in found.items()]
-    what = "seconds per step, DiT-XL/2 on a GPU, bf16"
-    targets = [target(f"full ÷ DiffFit, {what}", "≥", 1.8, median_seconds(full) / median_seconds(difffit))]
     smallest = found[pixels[0]][min(batches)]
     fastest = min((median_seconds(r) for name, r in smallest.items() if r and " base" in name), default=None)
     low_ratio = None if fastest is None else median_seconds(full) / fastest
-    targets.append(target(f"full ÷ DiffFit with its base in int8 or fp8, {what}", "≥", 2.6, low_ratio))
+    rates = [rate_within(BUDGETS[0], found[pixels[0]], name) for name in ("DiffFit", "full")]
+    of_budget = rates[0] / rates[1] if all(rates) else None
+    ratios = (median_seconds(full) / median_seconds(difffit), of_budget, low_ratio)
+    targets = [target(what, "≥", limit, value) for (what, limit), value in zip(OF_A_GPU.items(), ratios, strict=True)]
     markdown = "\n\n".join([about, *tables])
     publish(folder, "training_speed_gpu", "Training on a GPU", markdown, {"found": found}, targets=targets)
 
@@ -202,17 +215,6 @@ def profile(method: str) -> dict[str, float]:
         for _ in range(steps):
             trainer.step()
     return {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()}
-
-
-def product_seconds(dtype: torch.dtype) -> float:
-    """Of a product of matrices as in these models."""
-    x, weight = torch.randn(1024, 1152).to(dtype), torch.randn(4608, 1152).to(dtype)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def ratio(steps: dict[str, Steps], numerator: str, denominator: str) -> float:
@@ -244,9 +246,9 @@ def profile_table(profiles: dict[str, dict[str, float]]) -> str:
     return table(["s per step", *profiles], rows)
 
 
-def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[str, float]) -> str:
-    """`times[precision][depth][method]` are steps, `memory` and `once` results of `alone` by precision and method,
-    `profiles` those of `profile` by method.
+def tables(times: dict, larger: dict, memory: dict, once: dict, profiles: dict, product: dict[str, float]) -> str:
+    """`times[precision][depth][method]` are steps, and `larger` those of the larger batch, `memory` and `once` results
+    of `alone` by precision and method, `profiles` those of `profile` by method.
     """
     depth = DEPTHS[1]
     rounds = " and ".join(f"{len(by_depth[depth]['floor'])} rounds in {p}" for p, by_depth in times.items())
@@ -288,6 +290,19 @@ def tables(times: dict, memory: dict, once: dict, profiles: dict, product: dict[
             "peak memory, GB",
         )
         parts.append(table(columns, rows))
+    rows = [
+        [
+            f"{name}, {precision}",
+            spread([sum(step) for step in own]),
+            f"{ratio(by_depth[depth], 'full', name):.2f}",
+            f"{ratio(by_depth[depth], name, 'floor'):.3f}",
+        ]
+        for precision, by_depth in larger.items()
+        for name, own in by_depth[depth].items()
+    ]
+    if rows:
+        parts.append(f"The same at a batch of {LARGER_BATCH}, {depth} blocks, in turn:")
+        parts.append(table(("", "a step, s", "full ÷ it", "it ÷ floor"), rows))
     rows = [
         [
             f"{name}, {precision}",
@@ -336,13 +351,13 @@ def plot(times: dict, memory: dict) -> Figure:
 
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 12 3)")
+    cli.add_argument("--rounds", type=int, nargs=2, metavar=("FP32", "BF16"), help="rounds of turns (default: 7 7)")
     add_device_arguments(cli)
     args = cli.parse_args()
     if args.device != "cpu":
         measure_on_device(args, output_dir(args))
         return
-    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (12, 3)), strict=True))
+    rounds = dict(zip(DTYPES, args.rounds or ((2, 1) if args.short else (7, 7)), strict=True))
     methods = OF_TARGETS if args.short else ALL
     folder = output_dir(args)
     os.environ["OMP_NUM_THREADS"] = "2"  # of the processes started here: the targets are for 2 cores
@@ -350,8 +365,14 @@ def main() -> None:
 
     product = {precision: in_fresh_process(product_seconds, dtype) for precision, dtype in DTYPES.items()}
     timed = [precision for precision in DTYPES if product[precision] <= product["fp32"]]
-    times = {precision: in_fresh_process(take_turns, methods, precision, rounds[precision]) for precision in timed}
     depth = DEPTHS[1]
+    times, larger = {}, {}
+    for precision in timed:
+        count = rounds[precision]
+        times[precision] = in_fresh_process(take_turns, methods, precision, count, BATCH, DEPTHS)
+        if not args.short:
+            job = (OF_TARGETS, precision, count // 2, LARGER_BATCH, (depth,))
+            larger[precision] = in_fresh_process(take_turns, *job)
     if args.short:
         jobs = [(name, depth, "bf16") for name in OF_MEMORY]
     else:
@@ -363,33 +384,45 @@ def main() -> None:
     memory, once = measured[depth], {p: results for p, results in measured[FULL_DEPTH].items() if results}
     profiles = {} if args.short else {name: in_fresh_process(profile, name) for name in PROFILED}
 
+    def ratios(precision: str, numerator: str, denominator: str) -> dict[str, float | None]:
+        """At the batches of 4 and of 16, and of the one step of all blocks; None where it is not measured."""
+        if precision not in timed:
+            return {"": None}
+        found = {"": ratio(times[precision][depth], numerator, denominator)}
+        if larger:
+            found[f", batch {LARGER_BATCH}"] = ratio(larger[precision][depth], numerator, denominator)
+        if precision in once:
+            steps = (sum(once[precision][name]["seconds"]) for name in (numerator, denominator))
+            found[f", {FULL_DEPTH} blocks"] = operator.truediv(*steps)
+        return found
+
     targets = []
     for precision, lora in (("fp32", 1.05), ("bf16", 1.02)):
         for what, numerator, denominator, bound, limit in (
             ("of what can be had, full ÷ DiffFit by full ÷ floor", "floor", "DiffFit", "≥", 0.98),
             ("DiffFit ÷ BitFit, seconds per step", "DiffFit", "BitFit", "≤", 1.02),
             ("LoRA r=8 ÷ DiffFit, seconds per step", "LoRA r=8", "DiffFit", "≥", lora),
+            ("full ÷ DiffFit with its base in int8, seconds per step", "full", "DiffFit + int8 base", "≥", 2.6),
         ):
-            measured_ratio = ratio(times[precision][depth], numerator, denominator) if precision in timed else None
-            targets.append(target(f"{what}, {precision}", bound, limit, measured_ratio))
-        low_ratio = ratio(times[precision][depth], "full", "DiffFit + int8 base") if precision in timed else None
-        targets.append(
-            target(f"full ÷ DiffFit with its base in int8, seconds per step, {precision}", "≥", 2.6, low_ratio)
-        )
+            for where, value in ratios(precision, numerator, denominator).items():
+                targets.append(target(f"{what}, {precision}{where}", bound, limit, value))
     deepest = FULL_DEPTH if measured[FULL_DEPTH]["bf16"] else depth
     peak = {name: measured[deepest]["bf16"][name]["peak_bytes"] for name in ("full", "DiffFit")}
     what = f"full ÷ DiffFit, peak memory, bf16, {deepest} blocks"
     targets.append(target(what, "≥", 5.5, peak["full"] / peak["DiffFit"]))
+    command = "`training_speed.py --device cuda`"
+    targets += [target(what, "≥", limit, None, f"needs a GPU: {command}") for what, limit in OF_A_GPU.items()]
 
     publish(
         folder,
         "training_speed",
         "Training: seconds and memory per step",
-        tables(times, memory, once, profiles, product),
+        tables(times, larger, memory, once, profiles, product),
         {
             "phases": PHASES,
             "batch": BATCH,
             "steps": times,
+            "larger_batch": larger,
             "alone": measured,
             "profiles": profiles,
             "product_seconds": product,

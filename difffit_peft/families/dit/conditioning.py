@@ -105,4 +105,14 @@ def _equal_values(a: Any, b: Any) -> bool:
         return type(a) is type(b) and all(_equal_values(getattr(a, name), getattr(b, name)) for name in names)
     if not isinstance(a, torch.Tensor):  # what quantised layers keep beside their tensors
         return a == b
-    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a.is_meta or b.is_meta or _same_bits(a, b)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compares eight bytes at a time where both lie so: halves are several times as fast as by their values."""
+    bits = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (a, b)]
+    if all(part.numel() % 8 == part.storage_offset() % 8 == 0 for part in bits):
+        bits = [part.view(torch.int64) for part in bits]
+    return torch.equal(*bits)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...class_names import class_indices, join_names, keep_names, names_of_adapters, names_of_base, split_names
 from ...components import fused, models
-from ...config import nearest, plain, short
+from ...config import finite, nearest, plain, short
 from ...layer import Entry, names_in
 from ...pipelines import DiffFitLoaderMixin
 from ...writing import write
@@ -111,10 +111,10 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
                 names of classes as they are there; `None`: the active ones for all.
 
         Raises:
-            ValueError: for a label that is not a class; for an adapter that is not there; while adapters are fused, if
-                the base or an adapter per image is asked for, and if they were put into the transformer without
-                a `PeftModel`; for a scheduler that starts from noise of another
-                standard deviation than 1, which is what `DiTPipeline` would give it.
+            ValueError: for a label that is not a class; for a scale that is not finite; for an adapter that is not
+                there; while adapters are fused, if the base or an adapter per image is asked for, and if they were put
+                into the transformer without a `PeftModel`; for a scheduler that starts from noise of another standard
+                deviation than 1, which is what `DiTPipeline` would give it.
         """
         deviation = float(getattr(self.scheduler, "init_noise_sigma", 1))
         if abs(deviation - 1) > 1e-3:
@@ -133,9 +133,10 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
         names = {entry: self._names_under(entry) for entry in {*entries}}
         pairs = zip(given, entries, strict=True)
         labels = [class_indices([label], names[entry], null + 1)[0] for label, entry in pairs]
-        if guidance_scale is None:
-            guidance_scale = self._default_guidance_scale(entries)
-        by_base = guidance == "domain" and guidance_scale > 1
+        scale = finite(self._default_guidance_scale(entries) if guidance_scale is None else guidance_scale)
+        if scale is None:  # it is not above 1, and would be no guidance
+            raise ValueError(f"guidance_scale={short(guidance_scale)}: must be a finite number.")
+        by_base = guidance == "domain" and scale > 1
         unguided: list[Entry] = ["__base__"] * len(entries) if by_base else entries
         mixed = "transformer" in models(self) and (by_base or adapter_names is not None)
 
@@ -146,10 +147,10 @@ class DiffFitDiTPipeline(DiffFitLoaderMixin, DiTPipeline):
             return args, kwargs | {"adapter_names": (entries + unguided)[: len(guided)]} if mixed else kwargs
 
         if null == 1000 and not mixed:
-            return super().__call__(labels, guidance_scale, *args, **kwargs)
+            return super().__call__(labels, scale, *args, **kwargs)
         handle = self.transformer.register_forward_pre_hook(hand_on, with_kwargs=True)
         try:
-            return super().__call__(labels, guidance_scale, *args, **kwargs)
+            return super().__call__(labels, scale, *args, **kwargs)
         finally:
             handle.remove()
 
