@@ -99,8 +99,8 @@ def main() -> None:
     ]
     markdown = (
         f"{count} adapters of DiT-XL/2's width, {num_layers} blocks, of which at most {MAX_ADAPTERS} are in memory; "
-        f"one step an image. Those hold {held / 1e6:.0f} MB. The process grew by {(after - before) / 1e6:.0f} MB until the "
-        f"pool was full: what the base's batches had freed was used again.\n\n{table(('', 's'), rows)}\n\n"
+        f"one step an image. Those hold {held / 1e6:.0f} MB. The process grew by {(after - before) / 1e6:.0f} MB until "
+        f"the pool was full: what the base's batches had freed was used again.\n\n{table(('', 's'), rows)}\n\n"
         f"Images a second in batches of {BATCH}: the base {rate['base']:.3g}, adapters that are loaded "
         f"{rate['loaded']:.3g}, drawn from all {rate['all']:.3g}."
     )
