@@ -48,7 +48,7 @@ class DiffFitEmbedding(DiffFitLayer):
 
     def _adapted(self, x: Tensor, adapter_names: list[Entry] | None, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of the labels x, (batch,), and their δ: (batch, channels)."""
-        labels, y = x, self.base_layer(x)
+        labels, y = x, self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
             for rows in self._rows(self.active_adapters):
                 y = y + self._delta(labels, rows).to(y.dtype)

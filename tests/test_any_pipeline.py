@@ -318,9 +318,8 @@ def two(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder, drawn = tmp_path_factory.mktemp("two"), {}
     wan().save_pretrained(folder / "base")
     adapters = {"transformer": "first", "transformer_2": "second"}
-    drawn["base"] = frames(
-        WanPipeline.from_pretrained(folder / "base", **NONE)
-    )  # where weights lie decides the last bit
+    loaded = WanPipeline.from_pretrained(folder / "base", **NONE)
+    drawn["base"] = frames(loaded)  # not of `wan()`: where weights lie decides the last bit
     for component, adapter in adapters.items():
         pipe = trained(WanPipeline.from_pretrained(folder / "base", **NONE), component, 0)
         drawn[adapter] = frames(pipe)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ pytest.importorskip(
 )
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
+import adaptation  # noqa: E402
 import device  # noqa: E402
 import inference  # noqa: E402
 import latent_cache  # noqa: E402
 import methods  # noqa: E402
+import quality  # noqa: E402
 import report  # noqa: E402
 import resolution  # noqa: E402
 import study  # noqa: E402
@@ -173,6 +176,51 @@ def test_methods_are_compared_at_equal_seconds():
     assert resolution.at_equal_seconds([(None, ours)], [(None, {"diverged": "why"})]) is None
 
 
+@pytest.mark.parametrize("count, trained", [(None, 15), (3, 6)])
+def test_no_run_trains_on_what_learning_rates_are_chosen_by(count, trained):
+    """Few images are the first of those that many are of."""
+
+    class Latents(list):
+        labels = torch.arange(16) % 2
+
+    bench = SimpleNamespace(_encoded=lambda *key: Latents(range(16)))
+    run = adaptation.Run("near", "full", 1e-3, 0, 100, 0, images_per_class=count)
+    train, chosen_by = adaptation.Bench._split(bench, run)
+    everything, apart = adaptation.Bench._split(bench, dataclasses.replace(run, images_per_class=None))
+    assert len(train) == len({*train}) == trained and {*train} <= {*everything} and [*chosen_by] == [*apart]
+    assert {*train}.isdisjoint(chosen_by) and len(everything) + len(apart) == 16
+    if count:
+        assert sorted(index % 2 for index in train) == [0] * count + [1] * count
+
+
+def test_memorised_is_nearer_than_real_images_come():
+    train, real = torch.zeros(1, 1), torch.linspace(1, 2, 101)[:, None]
+    judge = SimpleNamespace(network=lambda images: images, real=real)  # nearest to a training image: 1.01, of a 100th
+    images = torch.tensor([[0.0], [1.0], [1.02], [5.0]])
+    assert adaptation.Judge.memorised(judge, images, train) == 0.5
+
+
+def test_what_is_asked_of_difffit():
+    def made(parameters, *distances, memorised=0.0):
+        curve = [{"step": step, "fid": fid} for step, fid in zip((100, 300), distances, strict=True)]
+        return [(None, {"parameters": parameters, "curve": curve, "fid": distances[-1], "memorised": memorised})]
+
+    rows = {
+        "base": [(None, {"fid": 200.0})],
+        "full": made(1000, 90.0, 150.0, memorised=0.5),
+        "DiffFit": made(10, 100.0, 75.0, memorised=0.01),
+        "BitFit": made(8, 120.0, 60.0),
+        "LoRA r=2": made(20, 80.0, 100.0),
+        "LoRA r=8": made(90, 50.0, 55.0),
+        "γ on attention": made(9, 20.0, 30.0),  # ours
+    }
+    measured = {t["what"]: t["measured"] for t in quality.targets_of(quality.NEAR_FEW, rows)}
+    assert [*measured.values()] == [75 / 90, 0.5, 0.02, 75 / 60, None]
+    assert "(BitFit)" in [*measured][3]
+    rows["full"] = made(1000, 90.0, 150.0, memorised=0.01)  # nothing to compare with
+    assert quality.targets_of(quality.NEAR_FEW, rows)[2]["measured"] is None
+
+
 def test_a_diverged_run_is_not_chosen():
     form = study.Form({"full": (1e-4, 1e-3, 1e-2)}, (NEAR,), dataclasses.replace(NEAR, steps=60), (0,), 10, 1, 1)
     bench = Losses(1e-3)
@@ -223,10 +271,18 @@ def test_the_long_form_measures_every_target_or_says_what_would(tiny, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["training_speed.py", "--output_dir", str(tmp_path), "--rounds", "2", "2"])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     training_speed.main()
-    targets = {t["what"]: t for t in json.loads((tmp_path / "training_speed.json").read_text())["targets"]}
+    record = json.loads((tmp_path / "training_speed.json").read_text())
+    targets = {t["what"]: t for t in record["targets"]}
     for what in ("of what can be had, full ÷ DiffFit by full ÷ floor", "DiffFit ÷ BitFit, seconds per step"):
         for precision in ("fp32", "bf16"):
             assert all(targets[f"{what}, {precision}{w}"]["measured"] for w in ("", ", batch 16", ", 3 blocks"))
+    ours, theirs = (sum(record["results"]["alone"]["3"]["fp32"][name]["seconds"]) for name in ("DiffFit", "BitFit"))
+    assert targets["DiffFit ÷ BitFit, seconds per step, fp32, 3 blocks"]["measured"] == ours / theirs
+    (ours,), (theirs,) = (
+        record["results"]["larger_batch"]["bf16"]["2"][name] for name in ("full", "DiffFit + int8 base")
+    )
+    int8 = targets["full ÷ DiffFit with its base in int8, seconds per step, bf16, batch 16"]
+    assert int8["measured"] == pytest.approx(sum(ours) / sum(theirs))
     unmeasured = {what: t["unmeasured"] for what, t in targets.items() if t["measured"] is None}
     assert unmeasured == dict.fromkeys(training_speed.OF_A_GPU, "needs a GPU: `training_speed.py --device cuda`")
     assert "| needs a GPU: " in report.targets_table(targets.values())

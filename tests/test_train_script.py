@@ -24,6 +24,7 @@ from conftest import make_pipeline
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.training import prepare
@@ -560,8 +561,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(alone, workdir, config)
 )
 def test_compiled_whole_it_trains_the_same(script, workdir, result, monkeypatch, backend):
     """One graph, without a break: all of a step's forward is compiled."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    counter = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
     compiled = run(script, workdir, backend, "--torch_compile", "--num_validation_images", "0")
+    assert counter.frame_count > 0
     ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (compiled.output_dir, result.output_dir))
     assert ours.keys() == theirs.keys()
     # δ of keys has no effect (softmax ignores a shift): its gradient is rounding, which AdamW scales to full steps

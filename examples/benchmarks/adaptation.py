@@ -12,7 +12,6 @@ import math
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from difffit_peft.training.images import LabelledImages, load_labelled_images, t
 from difffit_peft.training.latents import LatentDataset, encode_latents
 from difffit_peft.training.loop import Diverged, TrainingLoop
 from difffit_peft.training.objective import class_conditional
+from difffit_peft.training.prepare import make_loader
 from difffit_peft.writing import write
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
@@ -32,7 +32,7 @@ from diffusers.utils import make_image_grid
 from methods import trained
 from report import machine
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
+from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -60,8 +60,8 @@ class Run:
         steps: optimiser steps; 0 measures the base as it is.
         num_images: how many to sample, in classes as frequent as among the held-out images; 0: the loss alone, on
             images that learning rates are chosen by, at the end.
-        images_per_class: of the images to train on, a tenth of which learning rates are chosen by; `None`: all that
-            there are. More than are bundled are rendered.
+        images_per_class: to train on, at most; `None`: all. More than are bundled are rendered. A tenth of all is kept
+            apart, to choose learning rates by.
     """
 
     domain: str
@@ -158,9 +158,7 @@ class Bench:
         optimizer = torch.optim.AdamW(parameters.values(), lr=run.learning_rate, weight_decay=0.0)
         schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=20)
         train, validation = self._split(run)
-        count = run.steps * run.batch_size
-        order = RandomSampler(train, num_samples=max(count, 1), generator=torch.Generator().manual_seed(run.seed))
-        loader = DataLoader(train, run.batch_size, sampler=order)
+        loader = make_loader(train, run.batch_size, max(run.steps, 1) * run.batch_size, run.seed)
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
         objective = class_conditional(model, noise_scheduler, snr_gamma=5)
         loop = TrainingLoop(accelerator, model, optimizer, schedule, objective, seed=run.seed, ema_decay=0.9999)
@@ -228,15 +226,15 @@ class Bench:
         return self._latents[key]
 
     def _split(self, run: Run) -> tuple[Subset, Subset]:
-        """The images to train on, and a tenth as many to choose learning rates by."""
+        """The images to train on, and a tenth of all to choose learning rates by, which no run of the domain sees."""
         latents = self._encoded(run.domain, "train", run.resolution, run.images_per_class)
         order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0)).tolist()
-        if run.images_per_class:  # so many of each class
-            seen: Counter[int] = Counter()
-            labels = latents.labels.tolist()
-            order = [i for i in order if (seen.update([labels[i]]) or seen[labels[i]] <= run.images_per_class)]
         held = len(order) // 10
-        return Subset(latents, order[held:]), Subset(latents, order[:held])
+        of_class: dict[int, list[int]] = {}
+        for index in order[held:]:
+            of_class.setdefault(int(latents.labels[index]), []).append(index)
+        train = [index for own in of_class.values() for index in own[: run.images_per_class]]
+        return Subset(latents, train), Subset(latents, order[:held])
 
     def judge(self, domain: str, resolution: int) -> "Judge":
         """What measures samples of a domain."""

@@ -114,8 +114,8 @@ def targets_of(cell: Cell, rows: Rows) -> list[dict]:
         shown = share(memorised, "DiffFit", "full") if enough else None
         targets.append(target(f"memorised, {cell.name}: DiffFit ÷ full at the last step", "≤", 0.1, shown))
     parameters = {name: made[0][1]["parameters"] for name, made in rows.items() if name in best and name != "base"}
-    small = [n for n in parameters if not n.startswith(("DiffFit", "γ", "class")) and n != "full"]
-    small = [n for n in small if parameters[n] <= 2 * parameters.get("DiffFit", 0)]
+    theirs = [n for n in parameters if n not in VARIANTS and not n.startswith("DiffFit") and n != "full"]
+    small = [n for n in theirs if parameters[n] <= 2 * parameters.get("DiffFit", 0)]
     other = min(small, key=best.__getitem__, default=None)
     called = f" ({other})" if other else ""
     targets.append(

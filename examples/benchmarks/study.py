@@ -157,16 +157,15 @@ class Study:
 
     def outlook(self, cells: Sequence[Cell]) -> str:
         """How much is to be done, and how long it will take by what is done."""
-        steps, measured, seconds, trained = 0, 0, 0.0, 0
-        for run in self.runs(cells):
-            if result := self.bench.stored(run):
-                seconds, trained = seconds + result.get("seconds", 0), trained + run.steps
-            else:
-                steps, measured = steps + run.steps, measured + 1
-        if not measured:
+        made = {run: result for run in self.runs(cells) if (result := self.bench.stored(run))}
+        missing = [run for run in self.runs(cells) if run not in made]
+        if not missing:
             return "All runs are made."
+        steps, trained = (sum(run.steps for run in runs) for runs in (missing, made))
+        seconds = sum(result.get("seconds", 0) for result in made.values())
         left = f"about {steps * seconds / trained / 3600:.1f} hours" if trained else "the first runs will tell how long"
-        return f"{measured} runs of {steps:,} steps in all are to be made, beside the sweeps of learning rates: {left}."
+        count = f"{len(missing)} runs of {steps:,} steps in all"
+        return f"{count} are to be made, beside the sweeps of learning rates: {left}."
 
     def make(self, cells: Sequence[Cell]) -> None:
         for run in self.runs(cells, make=True):
@@ -242,7 +241,7 @@ def cells_of(results: list[dict], keys: Iterable[str]) -> list[str]:
 
 
 def comparison_table(study: Study, cell: Cell, rows: Rows) -> str:
-    lines = []
+    lines, keys = [], [*MEASURES, "seconds_per_step"]
     for name, made in rows.items():
         run, results = made[0][0], [result for _, result in made]
         count, rate = results[0].get("parameters", 0), f"{run.learning_rate:g}"
@@ -253,8 +252,8 @@ def comparison_table(study: Study, cell: Cell, rows: Rows) -> str:
             found = [best_step(result) for result in results]
             best = [spread([m["fid"] for m in found], 3), ", ".join(str(m["step"]) for m in found)]
         head = [name, f"{count:,}", f"{count * 4e-6:.2f}", rate] if run.steps else [name, "", "", ""]
-        lines.append([*head, *best, *cells_of(results, [*MEASURES, "seconds_per_step"])])
-    lines.append(["other real images", *[""] * 5, *cells_of([study.bench.floor(study.base(cell))], [*MEASURES, "s"])])
+        lines.append([*head, *best, *cells_of(results, keys)])
+    lines.append(["other real images", *[""] * 5, *cells_of([study.bench.floor(study.base(cell))], keys)])
     columns = ["", "trained", "MB", "learning rate", "best", "at step", *MEASURES.values(), "s a step"]
     return table(columns, lines)
 
