@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_difffit  # noqa: E402
 
-STEPS, LEARNING_RATE = 700, 8e-3
-HELD_OUT = 60  # of each class, and as many samples
+STEPS, LEARNING_RATE = 600, 8e-3
+HELD_OUT = 40  # of each class, and as many samples
 CLASSIFIED = 100  # real pictures of each style, known and new, that the classifier learns from
 SHOWN = 3  # seeds of each class
 
