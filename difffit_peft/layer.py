@@ -18,7 +18,7 @@ from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, takes_
 from .config import DiffFitConfig
 from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .quantised_weights import is_quantised, row_scales, scaled
-from .times_gamma import LinearTimesGamma, TimesGamma
+from .gamma_autograd import LinearTimesGamma, TimesGamma
 
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]

@@ -638,11 +638,22 @@ def test_a_subclass_is_known_by_its_parent(dit):
     assert sum("class_embedder" in name for name in names) == 1
 
 
-def test_quantised_weights_are_not_merged_into():
-    layer = DiffFitLayer(torch.nn.Linear(4, 4))
-    layer.update_layer("a", DiffFitConfig(), gamma=True, delta=True)
-    layer.set_adapter("a")
-    layer.base_layer.weight.requires_grad_(False)
-    layer.base_layer.weight.data = layer.base_layer.weight.data.to(torch.int8)
-    with pytest.raises(ValueError, match="quantised or sharded"):
-        layer.merge()
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [({"gamma": True}, "γ"), ({"rank": 1}, "a change of rank r"), ({"gamma": True, "rank": 1}, "a ch")],
+)
+def test_quantised_weights_are_not_merged_into(target, what):
+    def adapted(**target):
+        layer = DiffFitLayer(torch.nn.Linear(4, 4))
+        layer.update_layer("a", DiffFitConfig(init_weights=False), delta=True, **target)
+        layer.set_adapter("a")
+        layer.base_layer.weight.requires_grad_(False)
+        layer.base_layer.weight.data = layer.base_layer.weight.data.to(torch.int8)
+        return layer
+
+    with pytest.raises(ValueError, match=f"Cannot merge {what}.* quantised or sharded"):
+        adapted(**target).merge()
+    only_bias = adapted()
+    expected = only_bias.base_layer.bias + only_bias.difffit_delta["a"]
+    only_bias.merge()
+    assert torch.equal(only_bias.base_layer.bias, expected)

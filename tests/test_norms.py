@@ -125,14 +125,26 @@ def test_hooks_do_not_see_the_trial():
     assert norm_of(layer) is not None and not calls
 
 
-def test_a_tied_weight_is_not_merged():
+@pytest.mark.parametrize(
+    "config", [{"gamma_modules": ["head"]}, {"gamma_modules": [], "low_rank_modules": ["head"], "r": 1}]
+)
+def test_a_tied_weight_is_not_merged(config):
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5), "norm": nn.LayerNorm(4)})
     model["head"].weight = model["embed"].weight
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    adapted = get_peft_model(model, DiffFitConfig(gamma_modules=["head"]))
+    adapted = get_peft_model(model, DiffFitConfig(**config))
     for merge in (adapted.merge_adapter, adapted.merge_and_unload):
         with pytest.raises(ValueError, match=r"Linear, whose weight is tied to embed\.weight: that would change too"):
             merge()
     plain = adapted.unload()
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
     get_peft_model(plain, DiffFitConfig(gamma_modules=[])).merge_and_unload()  # δ leaves the weight alone
+
+
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_a_tied_norm_is_not_merged(tensor):
+    model = nn.ModuleDict({"first": nn.LayerNorm(4), "second": nn.LayerNorm(4), "third": nn.LayerNorm(4)})
+    setattr(model["second"], tensor, getattr(model["first"], tensor))
+    adapted = get_peft_model(model, DiffFitConfig(gamma_modules=["second"]))
+    with pytest.raises(ValueError, match=rf"LayerNorm, whose {tensor} is tied to (first|second)\.{tensor}"):
+        adapted.merge_adapter()
