@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_scales import Scales
 from .base_layers import CONVOLUTIONS, features, is_plain_linear, linear, takes_gamma, value_shape
 from .config import DiffFitConfig
+from .gamma_autograd import LinearTimesGamma, TimesGamma
 from .norms import CHANNELS_FIRST_NORMS, norm_of
 from .quantised_weights import is_quantised, row_scales, scaled
-from .gamma_autograd import LinearTimesGamma, TimesGamma
 
 Entry = str | tuple[str, ...]  # of `adapter_names`, for one sample
 _Combine = Callable[[str, Any], Tensor | None]
