@@ -197,7 +197,7 @@ def test_disabled_is_the_base_after_training(dit, inputs):
         ({"r": 2}, {"gamma", "delta", "A", "B"}),
         ({"new_biases": True}, {"gamma", "delta"}),
     ],
-    ids=["preset", "γ everywhere", "low rank", "new biases"],
+    ids=["preset", "gamma everywhere", "low rank", "new biases"],
 )
 def test_gradients_equal_those_of_plain_torch(inputs, config, kinds):
     dit = make_dit(attention_bias="new_biases" not in config)
@@ -364,7 +364,7 @@ def test_labels_are_dropped_once_per_sample(dit):
 # Merging
 
 
-@pytest.mark.parametrize("config", [{}, EVERYWHERE, {"r": 1}], ids=["preset", "γ everywhere", "low rank"])
+@pytest.mark.parametrize("config", [{}, EVERYWHERE, {"r": 1}], ids=["preset", "gamma everywhere", "low rank"])
 def test_merge_equals_forward(dit, inputs, config):
     keys = list(dit.state_dict())
     model = get_peft_model(dit, DiffFitConfig(num_classes=3, **config))
