@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.pytorch_utils import Conv1D
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 from difffit_peft.base_layers import takes_bias
@@ -421,12 +422,28 @@ def test_safe_merge_refuses_what_is_not_finite():
 
 
 @pytest.mark.filterwarnings("ignore:The merge gives biases")
+def test_a_merge_has_the_precision_of_the_base():
+    layer = DiffFitLayer(torch.nn.Linear(4, 4, bias=False).half())
+    layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=True)
+    layer.set_adapter("a")
+    layer.merge()
+    assert layer.base_layer.bias.dtype == torch.half
+    layer.unmerge()
+    layer.difffit_delta["a"].data[0] = 1e6  # finite, but not in half precision
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert layer.base_layer.bias is None
+
+
+@pytest.mark.filterwarnings("ignore:The merge gives biases")
 @pytest.mark.parametrize(
     ("base", "x"),
     [
         (torch.nn.Linear(4, 6), torch.randn(2, 3, 4)),
         (torch.nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)),
         (torch.nn.Conv2d(4, 6, 3), torch.randn(2, 4, 9, 9)),
+        (torch.nn.Conv2d(4, 6, 3), torch.randn(4, 9, 9)),
+        (Conv1D(6, 4), torch.randn(2, 3, 4)),
         (torch.nn.Conv3d(4, 6, 3), torch.randn(2, 4, 5, 5, 5)),
         (torch.nn.Linear(4, 6, bias=False), torch.randn(2, 3, 4)),
         (torch.nn.Conv1d(4, 6, 3, bias=False), torch.randn(2, 4, 9)),
@@ -444,15 +461,67 @@ def test_every_kind_of_layer_follows_the_formula(base, x):
     layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=had_bias or takes_bias(base))
     layer.set_adapter("a")
     y = base(x)
-    dim = -1 if y.shape[-1] == len(layer.difffit_gamma["a"]) else 1
+    dim = y.shape.index(len(layer.difffit_gamma["a"]))
     y = y.movedim(dim, -1)
     delta = layer.difffit_delta.get("a", 0)
     expected = layer.difffit_gamma["a"] * (y + delta)
     torch.testing.assert_close(layer(x), expected.movedim(-1, dim))
     layer.merge()
     torch.testing.assert_close(layer.base_layer(x), expected.movedim(-1, dim), **CLOSE)
+    assert had_bias or "a" not in layer.difffit_delta or not layer.base_layer.bias.requires_grad  # it is the base's now
     layer.unmerge()
     assert torch.equal(base(x).movedim(dim, -1), y) and (getattr(base, "bias", None) is not None) == had_bias
+
+
+class Scaled(torch.nn.Linear):
+    """Takes more than its input."""
+
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("state", ["adapted", "disabled", "merged"])
+def test_a_layer_takes_what_its_base_takes(state):
+    layer, x = DiffFitLayer(Scaled(4, 6)), torch.randn(2, 4)
+    layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=True)
+    layer.set_adapter("a")
+    gamma, delta = layer.difffit_gamma["a"], layer.difffit_delta["a"]
+    plain = layer.base_layer(x, 2.0)
+    expected = {"adapted": gamma * (plain + delta), "disabled": plain, "merged": 2 * gamma * (plain / 2 + delta)}[state]
+    layer.enable_adapters(state != "disabled")
+    if state == "merged":
+        layer.merge()
+    for found in (layer(x, 2.0), layer(x, scale=2.0), layer(x=x, scale=2.0)):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_what_a_hook_saw_of_the_base_stays_as_it_was():
+    layer, seen = DiffFitLayer(torch.nn.Linear(4, 6)), []
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True)
+    layer.set_adapter("a")
+    layer.requires_grad_(False)  # γ multiplies in place then, where it may
+    x = torch.randn(2, 4)
+    layer(x)
+    assert torch.equal(seen[0], layer.base_layer(x))
+
+
+def test_random_values_have_the_spread_that_is_promised():
+    """γ within a half of 1; δ and B normal; A as in LoRA, and of the same spread where an adapter starts neutral."""
+    torch.manual_seed(0)
+    for neutral in (True, False):
+        layer = DiffFitLayer(torch.nn.Linear(900, 400))
+        layer.update_layer("a", DiffFitConfig(init_weights=neutral), gamma=True, delta=True, rank=8)
+        A, B = layer.difffit_A["a"], layer.difffit_B["a"]
+        assert A.abs().max() <= 900**-0.5 and abs(A.mean()) < 1e-3
+        assert A.std().item() == pytest.approx((3 * 900) ** -0.5, rel=0.05)
+        gamma, normal = layer.difffit_gamma["a"], torch.cat([layer.difffit_delta["a"], B.flatten()])
+        if neutral:
+            assert (gamma == 1).all() and not normal.any()
+        else:
+            assert gamma.min() >= 0.5 and gamma.max() <= 1.5 and gamma.mean().item() == pytest.approx(1, abs=0.05)
+            assert gamma.std().item() == pytest.approx(12**-0.5, rel=0.1)
+            assert abs(normal.mean()) < 0.1 and normal.std().item() == pytest.approx(1, rel=0.1)
 
 
 # Layers without a bias
