@@ -283,9 +283,9 @@ class DiffFitLayer(nn.Module, Scales, BaseTunerLayer):
                 name, one = self.norm.weight, self.norm.added
                 merged = {"bias": gamma * base["bias"]} if "bias" in base else {}
                 return merged | {name: gamma * (one + base[name]) - one}
-            trailing = 0 if isinstance(layer, Conv1D) else layer.weight.dim() - 1
-            factors = {"weight": gamma.view(*gamma.shape, *[1] * trailing), "bias": gamma}
-            merged = {n: base[n] * factors[n] if n in factors else scaled(base[n], gamma) for n in base}
+            if isinstance(layer, Conv1D):  # holds its weight transposed
+                return {name: tensor * gamma for name, tensor in base.items()}
+            merged = {name: scaled(tensor, gamma) for name, tensor in base.items()}
         return merged
 
     def _write(self, tensors: Mapping[str, Tensor | None]) -> None:

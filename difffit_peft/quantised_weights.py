@@ -40,6 +40,6 @@ def row_scales(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def scaled(scales: Tensor, gamma: Tensor) -> Tensor:
-    """`scales` times γ, (rows,), in float32 or better."""
+    """Rows of a weight, its scales or a bias times γ, (rows,), in float32 or better."""
     factors = gamma.repeat_interleave(len(scales) // len(gamma)).view(-1, *[1] * (scales.dim() - 1))
     return scales.to(torch.promote_types(scales.dtype, torch.float32)) * factors.to(scales.device)
