@@ -213,7 +213,8 @@ def test_two_adapters_are_independent(adapter, inputs):
     assert torch.equal(outputs(model, inputs), expected)
     model.delete_adapter("b")
     layers = [module for module in model.modules() if isinstance(module, DiffFitLayer)]
-    assert layers and not any("b" in getattr(layer, kind) for layer in layers for kind in layer.adapter_layer_names)
+    kinds = [*layers[0].adapter_layer_names, "scale"]
+    assert layers and not any("b" in getattr(layer, kind) for layer in layers for kind in kinds)
     model.set_adapter("a")
     assert torch.equal(outputs(model, inputs), a)
 
@@ -638,13 +639,14 @@ def test_a_subclass_is_known_by_its_parent(dit):
     assert sum("class_embedder" in name for name in names) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The merge gives biases")
 @pytest.mark.parametrize(
     ("target", "what"),
     [({"gamma": True}, "γ"), ({"rank": 1}, "a change of rank r"), ({"gamma": True, "rank": 1}, "a ch")],
 )
 def test_quantised_weights_are_not_merged_into(target, what):
-    def adapted(**target):
-        layer = DiffFitLayer(torch.nn.Linear(4, 4))
+    def adapted(bias=True, **target):
+        layer = DiffFitLayer(torch.nn.Linear(4, 4, bias=bias))
         layer.update_layer("a", DiffFitConfig(init_weights=False), delta=True, **target)
         layer.set_adapter("a")
         layer.base_layer.weight.requires_grad_(False)
@@ -657,3 +659,6 @@ def test_quantised_weights_are_not_merged_into(target, what):
     expected = only_bias.base_layer.bias + only_bias.difffit_delta["a"]
     only_bias.merge()
     assert torch.equal(only_bias.base_layer.bias, expected)
+    new_bias = adapted(bias=False)
+    new_bias.merge()
+    assert torch.equal(new_bias.base_layer.bias, new_bias.difffit_delta["a"])

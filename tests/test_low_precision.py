@@ -141,6 +141,14 @@ def test_a_merge_multiplies_the_scales(inputs):
     assert torch.equal(outputs(model, inputs), before)
 
 
+def test_a_change_of_low_rank_does_not_go_into_scales(inputs):
+    model = lowered("int8", r=1)
+    before = outputs(model, inputs)
+    with pytest.raises(ValueError, match="Cannot merge a change of rank r into LowPrecisionLinear"):
+        model.merge_adapter()
+    assert torch.equal(outputs(model, inputs), before)
+
+
 def test_a_model_without_such_layers_is_refused():
     model = get_peft_model(make_dit(attention_head_dim=10), DiffFitConfig())
     with pytest.raises(ValueError, match="--base_precision int8: .* no linear layers whose .* multiples of 16"):

@@ -426,6 +426,7 @@ def test_a_merge_has_the_precision_of_the_base():
     layer = DiffFitLayer(torch.nn.Linear(4, 4, bias=False).half())
     layer.update_layer("a", DiffFitConfig(init_weights=False), gamma=True, delta=True)
     layer.set_adapter("a")
+    layer.difffit_gamma.float(), layer.difffit_delta.float()
     layer.merge()
     assert layer.base_layer.bias.dtype == torch.half
     layer.unmerge()

@@ -141,10 +141,21 @@ def test_a_tied_weight_is_not_merged(config):
     get_peft_model(plain, DiffFitConfig(gamma_modules=[])).merge_and_unload()  # δ leaves the weight alone
 
 
-@pytest.mark.parametrize("tensor", ["weight", "bias"])
-def test_a_tied_norm_is_not_merged(tensor):
-    model = nn.ModuleDict({"first": nn.LayerNorm(4), "second": nn.LayerNorm(4), "third": nn.LayerNorm(4)})
+class OfGamma(nn.Module):
+    """A norm whose weight has another name, as the first BERT's and video autoencoders' have."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        return x / x.norm(dim=-1, keepdim=True) * self.gamma
+
+
+@pytest.mark.parametrize(("norm", "tensor"), [(nn.LayerNorm, "weight"), (nn.LayerNorm, "bias"), (OfGamma, "gamma")])
+def test_a_tied_norm_is_not_merged(norm, tensor):
+    model = nn.ModuleDict({"first": norm(4), "second": norm(4), "third": norm(4)})
     setattr(model["second"], tensor, getattr(model["first"], tensor))
     adapted = get_peft_model(model, DiffFitConfig(gamma_modules=["second"]))
-    with pytest.raises(ValueError, match=rf"LayerNorm, whose {tensor} is tied to (first|second)\.{tensor}"):
+    with pytest.raises(ValueError, match=rf"{norm.__name__}, whose {tensor} is tied to (first|second)\.{tensor}"):
         adapted.merge_adapter()
