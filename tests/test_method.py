@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from difffit_peft import DiffFitConfig, DiffFitLayer
 from difffit_peft.base_layers import takes_bias
+from difffit_peft.class_rows import DiffFitEmbedding
 from difffit_peft.families.dit.conditioning import _equal
 
 EVERYWHERE = {"gamma_modules": ".*"}
@@ -141,6 +142,26 @@ def test_new_classes_start_as_the_null_class(dit, inputs):
     assert torch.allclose(given[[0, 1, 4]], expected_null[[0, 1, 4]], atol=1e-5)
     assert torch.equal(given[2:4], expected[2:4])
     assert not torch.allclose(expected[0], expected_null[0], atol=1e-3)
+
+
+def test_the_first_class_that_is_not_trained_is_the_bases(dit, inputs):
+    labels = {**inputs, "class_labels": torch.full_like(inputs["class_labels"], 3)}
+    expected = outputs(dit, labels)
+    model = get_peft_model(dit, DiffFitConfig(num_classes=3, target_modules=["embedding_table"], gamma_modules=[]))
+    randomise(model)
+    assert torch.equal(outputs(model, labels), expected)
+
+
+def test_a_merge_of_several_adapters_into_half_precision_rounds_once():
+    table = torch.nn.Embedding(4, 2, dtype=torch.half)
+    torch.nn.init.ones_(table.weight)
+    layer = DiffFitEmbedding(table)
+    for name in ("a", "b"):
+        layer.update_layer(name, DiffFitConfig(init_weights=False), delta=True)
+        layer.difffit_delta[name].data = torch.full((4, 2), 4e-4)  # each alone is less than half of a step at 1
+    layer.set_adapter(["a", "b"])
+    layer.merge()
+    assert (layer.base_layer.weight == 1 + torch.finfo(torch.half).eps).all()
 
 
 def test_classes_the_base_knows_start_as_they_are(dit, inputs):

@@ -147,6 +147,11 @@ def test_names_are_spelled_out_by_endings_where_these_do():
         [f"{block}.{name}" for block in (*DOUBLE, *SINGLE) for name in ("proj", "q")]
     )
     assert written(gamma_modules=["q"]) == {}
+    # there are no low_rank_layers, so that those of some blocks have their whole names
+    ranked = Family(blocks=("double", "single"), gamma_modules=("proj",), low_rank_modules=("q",))
+    assert written(ranked, r=1)["low_rank_modules"] == ["q"]
+    without_first = written(ranked, r=1, exclude_modules=["double.0.q", "single.0.q"])["low_rank_modules"]
+    assert without_first == ["double.1.q", "single.1.q", "single.2.q"]
 
 
 def test_exactly():
