@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors
 from conftest import make_dit, make_pipeline
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
 
 from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, hotswap_adapter
+from difffit_peft.reading import adapter_folder, cached_commit, pipeline_index
 
 
 @pytest.fixture
@@ -63,3 +65,25 @@ def test_an_adapter_for_another_task_is_not_for_a_pipeline(folder):
     with pytest.raises(ValueError, match="task_type=CAUSAL_LM: this adapter is for another task than a pipeline's"):
         pipe.load_difffit_weights(folder, "second")
     assert pipe.get_list_adapters() == ["default_0"]
+
+
+def test_a_file_of_the_cache_tells_its_commit():
+    commit = "0123456789" * 4
+    assert cached_commit(Path(f"cache/models--me--one/snapshots/{commit}/adapter_config.json")) == commit
+    assert cached_commit(Path("me/one/adapter_config.json")) is None
+
+
+def test_an_adapter_is_named_by_its_folder_or_by_a_file_in_it(folder):
+    for path in (folder, folder / "adapter_config.json", folder / "adapter_model.safetensors"):
+        assert adapter_folder(path) == folder
+    (folder / "README.txt").write_text("")
+    with pytest.raises(ValueError, match="README.txt is a file: pass the folder of the adapter"):
+        adapter_folder(folder / "README.txt")
+
+
+@pytest.mark.parametrize("of", [pipeline_index, adapter_folder])
+def test_a_folder_has_no_revisions_and_the_cache_is_the_one_that_is_named(folder, tmp_path, of):
+    with pytest.raises(ValueError, match="revision='main': .* is on this machine, where there are no revisions"):
+        of(folder, revision="main")
+    with pytest.raises(LocalEntryNotFoundError):
+        of("me/base", local_files_only=True, cache_dir=tmp_path / "empty")
