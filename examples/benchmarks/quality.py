@@ -157,12 +157,12 @@ def report(study: Study, folder: Path) -> None:
         f"The bundled base, adapted in batches of {example.batch_size}. Fréchet distance, KID, precision and recall: "
         f"of {form.num_images} samples, guidance {example.guidance_scale:g}, to held-out images, by 64 components of "
         "EfficientNet-Lite0's features. The distance is given at the best of the steps that were measured, and all "
-        "measures at the last one. By the classifier: the Fréchet distance by its features, by which the training images, "
-        "from which it has learned, are farther from held-out ones than good samples are. Recognised: the share of "
-        "samples that a classifier of the domain's classes takes for theirs. Memorised: the share of samples that have "
-        "a training image nearer to them than 99 of 100 held-out images have. Distances of so few images compare "
-        "methods, and mean nothing beside published ones. Every method trains the rows of the new classes. Runs of "
-        "several machines may stand in one table; the file of each says which."
+        "measures at the last one. By the classifier: the Fréchet distance by its features, by which the training "
+        "images, from which it has learned, are farther from held-out ones than good samples are. Recognised: the "
+        "share of samples that a classifier of the domain's classes takes for theirs. Memorised: the share of samples "
+        "that have a training image nearer to them than 99 of 100 held-out images have. Distances of so few images "
+        "compare methods, and mean nothing beside published ones. Every method trains the rows of the new classes. "
+        "Runs of several machines may stand in one table; the file of each says which."
     )
     parts = [about, "![Domains](domains.png)"] + [
         f"## {cell.name}, {cell.steps:,} steps, seeds {seeds(made)}\n\n{comparison_table(study, cell, made)}"

@@ -12,8 +12,8 @@ A benchmark calls `parser` for its arguments and `publish` with its results. `pu
 The folder is `docs/results`; with `--short` it is `runs/benchmarks`, so that a short form never overwrites the figures
 of a long one.
 
-This script reads all JSON files in the folder and writes, on the page beside it (`docs/results.md`), the section
-`targets`: which are met and which not. It ends with status 0 in either case.
+This script reads all JSON files in the folder and writes `targets.md` there: which are met and which not. It ends with
+status 0 in either case.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--output_dir",
         type=user_path,
-        help="for JSON, plots and tables; the targets go to the page beside it, OUTPUT_DIR.md (default: docs/results, "
-        "or runs/benchmarks with --short)",
+        help="for JSON, plots and tables (default: docs/results, or runs/benchmarks with --short)",
     )
     return result
 
@@ -200,8 +199,8 @@ def main() -> None:
     if not targets:
         raise SystemExit(f"{folder} has no results yet: run the benchmarks first.")
     count = sum(t["met"] is True for t in targets)
-    markdown = f"{count} of {len(targets)} targets are met.\n\n{targets_table(targets)}"
-    write_section(folder.with_name(f"{folder.name}.md"), "targets", markdown)
+    markdown = f"# Targets\n\n{count} of {len(targets)} targets are met.\n\n{targets_table(targets)}"
+    write_section(folder / "targets.md", "targets", markdown)
     print(markdown)
 
 
