@@ -39,7 +39,7 @@ def row_scales(layer: nn.Module) -> dict[str, Tensor]:
     return {}
 
 
-def scaled(scales: Tensor, gamma: Tensor) -> Tensor:
-    """Rows of a weight, its scales or a bias times γ, (rows,), in float32 or better."""
-    factors = gamma.repeat_interleave(len(scales) // len(gamma)).view(-1, *[1] * (scales.dim() - 1))
-    return scales.to(torch.promote_types(scales.dtype, torch.float32)) * factors.to(scales.device)
+def scaled(rows: Tensor, gamma: Tensor) -> Tensor:
+    """Rows of a weight, scales of rows or a bias, (rows, ...), times γ, in float32 or better."""
+    factors = gamma.repeat_interleave(len(rows) // len(gamma)).view(-1, *[1] * (rows.dim() - 1))
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) * factors.to(rows.device)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from difffit_peft import DiffFitConfig, DiffFitLayer
 from difffit_peft.base_layers import takes_bias
 from difffit_peft.class_rows import DiffFitEmbedding
-from difffit_peft.families.dit.conditioning import _equal
+from difffit_peft.families.dit.conditioning import _equal, share
 
 EVERYWHERE = {"gamma_modules": ".*"}
 
@@ -693,10 +693,12 @@ def test_the_graph_has_no_break(dit, inputs):
     torch.testing.assert_close(outputs(compiled, inputs), expected, **CLOSE)
 
 
-def test_embedders_that_differ_are_left_alone(dit, inputs):
-    dit.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight.data[3] += 1
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_embedders_that_differ_are_left_alone(dit, inputs, block):
+    dit.transformer_blocks[block].norm1.emb.class_embedder.embedding_table.weight.data[3] += 1
     expected = outputs(dit, inputs)
     with pytest.warns(UserWarning, match="4 timestep and class embedders .* differ"):
+        assert not share(dit)
         model = get_peft_model(dit, DiffFitConfig())
     assert torch.equal(outputs(model, inputs), expected)
     assert sum("embedding_table.difffit_delta" in name for name, _ in model.named_parameters()) == 4
@@ -718,6 +720,15 @@ def test_embedders_are_compared_bit_by_bit(dtype, size):
     other[-1] += 1
     assert not _equal(module(one), module(other))
     assert not _equal(module(one), module(one.double()))
+
+
+def test_embedders_of_other_shapes_differ_and_those_without_values_do_not():
+    assert not _equal(
+        torch.nn.Embedding(2, 3, _weight=torch.zeros(2, 3)), torch.nn.Embedding(3, 2, _weight=torch.zeros(3, 2))
+    )
+    table = torch.nn.Embedding(3, 2)
+    without = copy.deepcopy(table).to("meta")
+    assert _equal(table, table) and _equal(table, without) and _equal(without, table)
 
 
 def test_a_larger_grid_uses_positions_of_the_old_one():

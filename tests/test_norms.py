@@ -142,7 +142,7 @@ def test_a_tied_weight_is_not_merged(config):
 
 
 class OfGamma(nn.Module):
-    """A norm whose weight has another name, as the first BERT's and video autoencoders' have."""
+    """A norm whose weight has another name, as the RMS norms of Wan's autoencoder have."""
 
     def __init__(self, channels):
         super().__init__()

@@ -10,7 +10,7 @@ from conftest import make_dit, make_pipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
 
-from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, hotswap_adapter
+from difffit_peft import DiffFitConfig, DiffFitDiTPipeline, hotswap_adapter, reading
 from difffit_peft.reading import adapter_folder, cached_commit, pipeline_index
 
 
@@ -87,3 +87,27 @@ def test_a_folder_has_no_revisions_and_the_cache_is_the_one_that_is_named(folder
         of(folder, revision="main")
     with pytest.raises(LocalEntryNotFoundError):
         of("me/base", local_files_only=True, cache_dir=tmp_path / "empty")
+
+
+def test_what_is_no_place_of_an_adapter(folder):
+    with pytest.raises(ValueError, match="is a URL. Pass the id of the repository, 'me/one'"):
+        adapter_folder("https://hub.example/me/one")
+    with pytest.raises(TypeError, match="no_such_option"):
+        adapter_folder(folder, no_such_option=1)
+
+
+def test_config_and_weights_are_of_one_commit(folder, monkeypatch):
+    """Someone may push between the two."""
+    pipe = DiffFitDiTPipeline.from_pretrained(folder)
+    pipe.push_difffit_to_hub("me/one")
+    revisions, original = [], reading.hub_file
+
+    def watched(repo_id, filename, **hub):
+        revisions.append(hub["revision"])
+        return original(repo_id, filename, **hub)
+
+    monkeypatch.setattr(reading, "hub_file", watched)
+    for revision in (None, "main"):
+        revisions.clear()
+        commit = adapter_folder("me/one", revision=revision).name
+        assert revisions == [revision, commit] and len(commit) == 40
