@@ -148,17 +148,21 @@ def test_methods_are_compared_at_the_seeds_that_all_have():
 
 def test_a_study_says_what_is_to_be_done_and_does_it_once():
     rates = {name: (1e-3, 1e-2, 1e-1) for name in ("full", "DiffFit")}
+    every = [*rates, "γ on attention"]
     few = study.Cell("near", 20, 100)
     no_sweep = dataclasses.replace(NEAR, steps=0)
     form = study.Form(rates, (NEAR, few), no_sweep, (0,), 10, 1, 1, variants=("γ on attention",))
     bench = Losses(1e-2)
     whole = study.Study(form, bench, "no")
-    assert whole.outlook([NEAR, few]).startswith("8 runs of 900 steps in all are to be made")
+    assert whole.outlook([NEAR, few], every).startswith("8 runs of 900 steps in all are to be made")
     bench.made[whole.run(NEAR, "full", 1e-2)] = {"seconds": 720.0}
-    assert whole.outlook([NEAR, few]).endswith("beside the sweeps of learning rates: about 0.7 hours.")
-    whole.make([NEAR])
+    assert whole.outlook([NEAR, few], every).endswith("beside the sweeps of learning rates: about 0.7 hours.")
+    whole.make([NEAR], ["DiffFit"])
+    assert {(run.method, run.steps) for run in bench.made} == {("full", 200), ("DiffFit", 0), ("DiffFit", 200)}
+    assert whole.outlook([NEAR], ["full", "DiffFit"]) == "All runs are made."
+    whole.make([NEAR], every)
     assert len(bench.made) == 4 and {run.images_per_class for run in bench.made} == {None}
-    assert whole.outlook([NEAR]) == "All runs are made."
+    assert whole.outlook([NEAR], every) == "All runs are made."
 
 
 def test_the_best_step_is_the_one_with_the_lowest_distance():

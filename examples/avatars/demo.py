@@ -98,11 +98,13 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=finite_float, default=2.0)
     parser.add_argument("--guidance", choices=["class", "domain"], default="domain", help="of the adapted model")
     parser.add_argument("--num_inference_steps", type=positive_int, default=15)
+    parser.add_argument("--base_precision", choices=["int8", "fp8"], help="of the frozen layers in training")
     args = parser.parse_args()
 
     adapter, cache = args.output_dir / "adapter", args.output_dir / "cache"
     steps, rate = args.max_train_steps, args.learning_rate
-    result = train_adapter(args.base, args.domain, adapter, cache, steps, rate)
+    lower = ["--base_precision", args.base_precision] if args.base_precision else []
+    result = train_adapter(args.base, args.domain, adapter, cache, steps, rate, *lower)
 
     names, new = zip(*DOMAINS[args.domain].items(), strict=True)
     train = real(new, CLASSIFIED, "train", cache)
@@ -140,7 +142,8 @@ def main() -> None:
         f"{recognised['after']:.0%} (other real ones: {recognised['real']:.0%})\n"
         f"Trained parameters: {result.trained_parameters:,}, {result.trained_share:.2%} of the base's\n"
         f"Adapter: {adapter}, {result.adapter_bytes:,} bytes\n"
-        f"{result.steps} steps, {result.seconds_per_step:.2f} s each, in fp32\n"
+        f"{result.steps} steps, {result.seconds_per_step:.2f} s each, in fp32"
+        f"{f', base in {args.base_precision}' * bool(lower)}\n"
         f"Picture: {picture}"
     )
 

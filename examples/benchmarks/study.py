@@ -138,27 +138,29 @@ class Study:
         losses = self.sweep(method, make)
         return losses and self.run(cell, method, min(losses, key=losses.__getitem__))
 
-    def runs(self, cells: Sequence[Cell], make: bool = False) -> Iterator[Run]:
+    def runs(self, cells: Sequence[Cell], methods: Sequence[str], make: bool = False) -> Iterator[Run]:
         """All runs, the most telling first. Those whose learning rate is not known yet, with the middle one of `rates`.
 
         Args:
+            methods: those to run, variants among them.
             make: make the sweeps that are needed, so that all rates are known.
         """
         for seed in self.form.seeds:
             for cell in cells:
                 yield self.base(cell, seed)
-            for method in self.form.rates:
+            for method in [name for name in self.form.rates if name in methods]:
                 for cell in cells:
                     run = self.best(cell, method, make) or self.run(cell, method, self.form.rates[method][1])
                     yield dataclasses.replace(run, seed=seed)
-        for method in self.form.variants:
+        for method in [name for name in self.form.variants if name in methods]:
             for cell in cells:
                 yield self.best(cell, method, make) or self.run(cell, method, self.form.rates["DiffFit"][1])
 
-    def outlook(self, cells: Sequence[Cell]) -> str:
+    def outlook(self, cells: Sequence[Cell], methods: Sequence[str]) -> str:
         """How much is to be done, and how long it will take by what is done."""
-        made = {run: result for run in self.runs(cells) if (result := self.bench.stored(run))}
-        missing = [run for run in self.runs(cells) if run not in made]
+        runs = list(self.runs(cells, methods))
+        made = {run: result for run in runs if (result := self.bench.stored(run))}
+        missing = [run for run in runs if run not in made]
         if not missing:
             return "All runs are made."
         steps, trained = (sum(run.steps for run in runs) for runs in (missing, made))
@@ -167,8 +169,8 @@ class Study:
         count = f"{len(missing)} runs of {steps:,} steps in all"
         return f"{count} are to be made, beside the sweeps of learning rates: {left}."
 
-    def make(self, cells: Sequence[Cell]) -> None:
-        for run in self.runs(cells, make=True):
+    def make(self, cells: Sequence[Cell], methods: Sequence[str]) -> None:
+        for run in self.runs(cells, methods, make=True):
             self.bench.result(run)
 
     def tiles(self, run: Run) -> PIL.Image.Image:
@@ -307,6 +309,8 @@ def execute(
     arguments.add_argument(
         "--cells", nargs="+", type=int, help="make the runs of these alone, 0 for the first; several can go on at once"
     )
+    everything = [*long.rates, *long.variants]
+    arguments.add_argument("--methods", nargs="+", choices=everything, default=everything, help="and of these alone")
     args = arguments.parse_args()
     form = short if args.short else long
     torch.set_num_threads(form.threads)
@@ -315,6 +319,6 @@ def execute(
     study = Study(form, bench, args.mixed_precision)
     if not args.report:
         cells = [form.cells[index] for index in args.cells] if args.cells else form.cells
-        print(study.outlook(cells))
-        study.make(cells)
+        print(study.outlook(cells, args.methods))
+        study.make(cells, args.methods)
     report(study, folder)
