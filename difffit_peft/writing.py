@@ -10,14 +10,15 @@ from typing import Any
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    """Calls `save` with a temporary path that then becomes `path`; on an error `path` is as it was."""
+    """Calls `save` with a temporary path that then becomes `path`; on an error `path` is as it was.
+
+    Several processes may write one path at once: the last one's file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    try:
+    with TemporaryDirectory(dir=path.parent, prefix="partial-") as folder:
+        partial = Path(folder, path.name)
         save(partial)
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -27,12 +27,23 @@ def test_until_it_is_whole_it_has_another_name_beside_it(tmp_path):
     (tmp_path / "file.txt").write_text("before")
 
     def save(partial: Path) -> None:
-        assert partial == tmp_path / "partial-file.txt"
+        assert partial.parent.parent == tmp_path and partial.parent.name.startswith("partial-")
+        assert partial.name == "file.txt"  # some libraries choose a format by it
         assert contents(tmp_path) == {"file.txt": "before"}
         partial.write_text("after")
 
     write(tmp_path / "file.txt", save)
     assert contents(tmp_path) == {"file.txt": "after"}
+
+
+def test_of_two_that_write_a_file_at_once_neither_fails_and_the_last_stays(tmp_path):
+    def save(partial: Path) -> None:
+        write(tmp_path / "file.txt", lambda other: other.write_text("other"))
+        assert contents(tmp_path) == {"file.txt": "other"}
+        partial.write_text("last")
+
+    write(tmp_path / "file.txt", save)
+    assert contents(tmp_path) == {"file.txt": "last"}
 
 
 def test_a_file_that_fails_leaves_what_was_there(tmp_path):
