@@ -72,13 +72,13 @@ def named_layers(model: nn.Module, family: Family) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     tables: dict[str, Layer] = {}
     # what is inside adapter layers and other adapters' modules_to_save, and what MultiheadAttention uses without a call
-    closed: tuple[str, ...] = ()
+    closed = "\0"  # the last one: a walk goes through all of a module before it leaves it
     for name, module in model.named_modules():
-        if not name or name.startswith(closed or "\0"):
+        if not name or name.startswith(closed):
             continue
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if base is not module or isinstance(module, (nn.MultiheadAttention, AuxiliaryTrainingWrapper)):
-            closed += (f"{name}.",)
+            closed = f"{name}."
         kind = type(base).__name__
         if is_supported(base):
             rank = min(base.in_features, base.out_features) if isinstance(base, nn.Linear) else 0
