@@ -186,8 +186,8 @@ def plot(by_precision: dict[str, Seconds], batches: dict[str, Seconds]) -> Figur
         axis.set(xlabel="seconds per evaluation", title=f"sampling, {precision}")
     for method, seconds in batches.items():
         right.plot(list(seconds), [ratio(seconds, name, "one active") for name in seconds], marker="o", label=method)
-    right.set(xlabel=f"different adapters in a batch of {MIXED_BATCH}", ylabel="÷ one active adapter", ylim=(0, None))
-    right.legend()
+    right.set(xlabel=f"different adapters in a batch of {MIXED_BATCH}", ylabel="÷ one active adapter", ylim=(0, 1.25))
+    right.legend(loc="lower right")
     return figure
 
 
