@@ -3,7 +3,7 @@
 # make test-lowest  run them on the lowest versions of PEFT and Diffusers that are supported
 # make test-app     run those of the app in a browser: it needs Debian's chromium
 # make conformance  run PEFT's own tests on DiffFit
-# make bench        run a short form of all benchmarks, and say which targets are met
+# make bench        run a short form of most benchmarks, and say which targets are met
 # make mutants      break the code in two thousand ways, and list those that no test notices (long; not in CI)
 # make style        check formatting, lint, types and docs/api.md (make format mends the first two and the last)
 PYTHON ?= python3

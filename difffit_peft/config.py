@@ -33,7 +33,8 @@ class DiffFitConfig(PeftConfig):
     is BitFit with the class embedding.
 
     `r` is ours and not the paper's, a change of low rank: `DiffFitConfig(gamma_modules=[], r=1,
-    exclude_modules=["to_k"])` puts one of rank 1 where γ would be. What it is worth is in `docs/results.md`.
+    exclude_modules=["to_k"])` puts one of rank 1 where γ would be. What it costs is in `docs/results.md`, and how far
+    rank 4 goes.
 
     Args:
         target_modules: layers whose bias is trained (δ) and, for norms, whose scale is trained too (γ). A list of

@@ -86,7 +86,7 @@ def families() -> str:
         "weights.",
         "The configs are the defaults of the classes of Diffusers, which are a published model's but where the script",
         "gives others, or the row says so. At tiny size the tests try each (`tests/test_families.py`), and the table",
-        "below has every class.",
+        "below has every class, and why some could not be tried.",
         "",
         f"| | class | parameters | trained | share | {' | '.join(kinds)} |",
         "| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(kinds),

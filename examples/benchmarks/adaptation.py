@@ -135,11 +135,22 @@ class Bench:
             write(self.folder / f"{run.name}.json", lambda path: path.write_text(record + "\n"))
         return result
 
-    def floor(self, run: Run) -> dict:
-        """What bundled images would get in the place of the run's samples."""
+    def floor(self, run: Run, decoded: bool = False) -> dict:
+        """What bundled images would get in the place of the run's samples.
+
+        Args:
+            decoded: the images that the base's VAE decodes of their latents: no adaptation of the transformer does
+                better than that but by chance.
+        """
         data = self._images(run.domain, "train", run.resolution)
         rows = torch.arange(len(data))[:: max(1, len(data) // run.num_images)][: run.num_images]
-        return self.judge(run.domain, run.resolution)(pixels(data, rows.tolist(), run.resolution), data.labels[rows])
+        images = pixels(data, rows.tolist(), run.resolution)
+        if decoded:
+            vae = base().vae
+            with torch.no_grad():
+                latents = [vae.encode(batch / 127.5 - 1).latent_dist.mode() for batch in images.split(50)]
+                images = torch.cat([to_bytes(vae.decode(batch).sample) for batch in latents])
+        return self.judge(run.domain, run.resolution)(images, data.labels[rows])
 
     def held_out_pictures(self, domain: str, resolution: int, count: int) -> Tensor:
         """(count, 3, side, side), uint8, of the classes that samples have."""

@@ -56,7 +56,7 @@ def main() -> None:
         "parameters",
         "Trained parameters and file size",
         f"DiT-XL/2 with one timestep and class embedder, {base:,} parameters; {NUM_CLASSES} classes, of which "
-        "BitFit and DiffFit train the rows and the null row. Files are float32.\n\n"
+        "all methods but LN tuning train the rows and the null row. Files are float32.\n\n"
         + table(("", "trained parameters", "share", "file, MB"), rows),
         {"num_classes": NUM_CLASSES, "methods": results},
         plot(results),

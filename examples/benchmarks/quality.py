@@ -162,8 +162,9 @@ def report(study: Study, folder: Path) -> None:
         "share of samples that a classifier of the domain's classes takes for theirs. Memorised: the share of samples "
         "that have a training image nearer to them than 99 of 100 held-out images have. Distances of so few images "
         "compare methods, and mean nothing beside published ones. Every method trains the rows of the new classes. "
-        "DiffFit with r has a change of rank r in the place of γ. Runs of several "
-        "machines may stand in one table; the file of each says which."
+        "DiffFit with r has a change of rank r in the place of γ. Training images by the VAE: encoded and decoded, as "
+        "a transformer that had learned everything would draw them. Runs of several machines may stand in one table; "
+        "the file of each says which."
     )
     parts = [about, "![Domains](domains.png)"] + [
         f"## {cell.name}, {cell.steps:,} steps, seeds {seeds(made)}\n\n{comparison_table(study, cell, made)}"

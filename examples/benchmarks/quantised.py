@@ -1,6 +1,6 @@
-"""Sampling from a quantised base with an adapter: DiffFit merges into the scales of its rows, LoRA into nothing.
+"""Sampling from a quantised base with an adapter: DiffFit merges into the scales of its rows, LoRA quantises anew.
 
-    pip install -e ".[quantisation]"
+    pip install -e ".[dev]"
     python examples/benchmarks/quantised.py [--short]
 
 A DiT of random weights at the width of DiT-XL/2, quantised to int8 by torchao and by bitsandbytes, with

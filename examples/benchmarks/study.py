@@ -255,7 +255,8 @@ def comparison_table(study: Study, cell: Cell, rows: Rows) -> str:
             best = [spread([m["fid"] for m in found], 3), ", ".join(str(m["step"]) for m in found)]
         head = [name, f"{count:,}", f"{count * 4e-6:.2f}", rate] if run.steps else [name, "", "", ""]
         lines.append([*head, *best, *cells_of(results, keys)])
-    lines.append(["training images", *[""] * 5, *cells_of([study.bench.floor(study.base(cell))], keys)])
+    for name, decoded in (("training images by the VAE", True), ("training images", False)):
+        lines.append([name, *[""] * 5, *cells_of([study.bench.floor(study.base(cell), decoded)], keys)])
     columns = ["", "trained", "MB", "learning rate", "best", "at step", *MEASURES.values(), "s a step"]
     return table(columns, lines)
 

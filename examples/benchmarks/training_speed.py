@@ -19,14 +19,14 @@ optimiser (AdamW) and EMA of the weights are timed apart.
 - Memory: each method in a fresh process, two steps; the process's peak of resident memory (Linux counts it anew when
   asked) less what it had after its imports. So it is what the machine must have, the allocator's waste included, and
   not a sum over tensors.
-- At a batch of 16, too, at 4 blocks: the methods that the targets name, in turn.
+- At a batch of 16, too, at 4 blocks: the methods that the targets name, and DiffFit r=1, in turn.
 - All 28 blocks, once, for the same methods: the second of two steps, each method in a fresh process.
 - Where the time goes: torch's profile of three steps in fp32, by operator, each method in a fresh process.
 
 fp32 is float32 throughout. bf16 is autocast with the frozen weights held in bfloat16 and what is trained in float32,
 which is everything in full fine-tuning. On a processor that multiplies matrices faster in float32, bf16 is not timed:
-its memory alone is measured, at 4 blocks and, for full fine-tuning and DiffFit, at 28. Needs Linux; the long form needs
-20 GB of memory.
+its memory alone is measured, at 4 blocks and, for full fine-tuning and DiffFit (its base in int8, too), at 28. Needs
+Linux; the long form needs 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def tables(times: dict, larger: dict, memory: dict, once: dict, profiles: dict, 
         for name, own in by_depth[depth].items()
     ]
     if rows:
-        parts.append(f"The same at a batch of {LARGER_BATCH}, {depth} blocks, in turn:")
+        parts.append(f"A batch of {LARGER_BATCH}, {depth} blocks, in turn, fewer rounds:")
         parts.append(table(("", "a step, s", "full ÷ it", "it ÷ floor"), rows))
     rows = [
         [
