@@ -19,7 +19,7 @@ from difffit_peft import DiffFitDiTPipeline
 from difffit_peft.training.scripts import finite_float, positive_float, positive_int, run_script, user_path
 from difffit_peft.writing import write
 from diffusers import DPMSolverMultistepScheduler
-from judge import Classifier, ImageNetFeatures, frechet_distance, real, sample
+from judge import Classifier, ImageNetFeatures, by_vae, frechet_distance, real, sample
 from matplotlib.figure import Figure
 from render import BASE, DOMAINS
 from torch import Tensor
@@ -133,11 +133,12 @@ def main() -> None:
     features = ImageNetFeatures(train)
     distance = {
         name: frechet_distance(features, held_out, images)
-        for name, images in (("base", before), ("adapted", after), ("real", other))
+        for name, images in (("base", before), ("adapted", after), ("vae", by_vae(pipe.vae, other)), ("real", other))
     }
     print(
         f"\nFréchet distance to {len(held_out)} held-out pictures, on 64 components of EfficientNet-Lite0's features: "
-        f"base {distance['base']:.1f}, adapted {distance['adapted']:.1f} (other real ones: {distance['real']:.1f})\n"
+        f"base {distance['base']:.1f}, adapted {distance['adapted']:.1f} (other real ones: {distance['real']:.1f}, and "
+        f"{distance['vae']:.1f} when the base's VAE has encoded and decoded them)\n"
         f"Adapted samples that a classifier of {len(new) + len(BASE)} classes takes for theirs: "
         f"{recognised['after']:.0%} (other real ones: {recognised['real']:.0%})\n"
         f"Trained parameters: {result.trained_parameters:,}, {result.trained_share:.2%} of the base's\n"

@@ -38,7 +38,7 @@ from tqdm import tqdm
 EXAMPLES = Path(__file__).resolve().parents[1]
 AVATARS = EXAMPLES / "avatars"
 sys.path[:0] = [str(EXAMPLES), str(AVATARS)]
-from judge import Classifier, ImageNetFeatures, sample  # noqa: E402
+from judge import Classifier, ImageNetFeatures, by_vae, sample  # noqa: E402
 from render import BUNDLED, bundle  # noqa: E402
 
 import evaluate_images  # noqa: E402
@@ -139,17 +139,12 @@ class Bench:
         """What bundled images would get in the place of the run's samples.
 
         Args:
-            decoded: the images that the base's VAE decodes of their latents: no adaptation of the transformer does
-                better than that but by chance.
+            decoded: as the base's VAE encodes and decodes them.
         """
         data = self._images(run.domain, "train", run.resolution)
         rows = torch.arange(len(data))[:: max(1, len(data) // run.num_images)][: run.num_images]
         images = pixels(data, rows.tolist(), run.resolution)
-        if decoded:
-            vae = base().vae
-            with torch.no_grad():
-                latents = [vae.encode(batch / 127.5 - 1).latent_dist.mode() for batch in images.split(50)]
-                images = torch.cat([to_bytes(vae.decode(batch).sample) for batch in latents])
+        images = by_vae(base().vae, images) if decoded else images
         return self.judge(run.domain, run.resolution)(images, data.labels[rows])
 
     def held_out_pictures(self, domain: str, resolution: int, count: int) -> Tensor:
