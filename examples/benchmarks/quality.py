@@ -129,7 +129,7 @@ def targets_of(cell: Cell, rows: Rows) -> list[dict]:
 
 def overview(study: Study, rows: dict[Cell, Rows]) -> Figure:
     """Domains down, methods across: samples of the same classes and seeds in each square, and real pictures."""
-    cells = [cell for cell in (INSIDE, NEAR, MIDDLE, FAR) if cell in rows] or list(rows)
+    cells = [cell for cell in (INSIDE, NEAR_FEW, MIDDLE, FAR) if cell in rows] or list(rows)
     figure = Figure(figsize=(2.1 * (len(IN_PICTURE) + 1), 2.2 * len(cells)), dpi=130, layout="constrained")
     axes = figure.subplots(len(cells), len(IN_PICTURE) + 1, squeeze=False)
     for axis, name in zip(axes[0], [*IN_PICTURE, "real"], strict=True):
@@ -163,8 +163,9 @@ def report(study: Study, folder: Path) -> None:
         "that have a training image nearer to them than 99 of 100 held-out images have. Distances of so few images "
         "compare methods, and mean nothing beside published ones. Every method trains the rows of the new classes. "
         "DiffFit with r has a change of rank r in the place of γ. Training images by the VAE: encoded and decoded, as "
-        "a transformer that had learned everything would draw them. Runs of several machines may stand in one table; "
-        "the file of each says which."
+        "a transformer that had learned everything would draw them. Of the way: how much of the distance between the "
+        "base and those is gone at the best step. Runs of several machines may stand in one table; the file of each "
+        "says which."
     )
     parts = [about, "![Domains](domains.png)"] + [
         f"## {cell.name}, {cell.steps:,} steps, seeds {seeds(made)}\n\n{comparison_table(study, cell, made)}"

@@ -244,20 +244,24 @@ def cells_of(results: list[dict], keys: Iterable[str]) -> list[str]:
 
 def comparison_table(study: Study, cell: Cell, rows: Rows) -> str:
     lines, keys = [], [*MEASURES, "seconds_per_step"]
+    by_vae, bundled = (study.bench.floor(study.base(cell), decoded) for decoded in (True, False))
+    start = center(rows.get("base", []), "fid")
     for name, made in rows.items():
         run, results = made[0][0], [result for _, result in made]
         count, rate = results[0].get("parameters", 0), f"{run.learning_rate:g}"
         if name in study.form.rates and study.form.sweep.steps and _beyond(study.sweep(name, make=False)):
             rate += " (edge)"
-        best = ["", ""]
+        best = ["", "", ""]
         if run.steps and all("curve" in result for result in results):
             found = [best_step(result) for result in results]
-            best = [spread([m["fid"] for m in found], 3), ", ".join(str(m["step"]) for m in found)]
+            best = [spread([m["fid"] for m in found], 3), ", ".join(str(m["step"]) for m in found), ""]
+            if start is not None:
+                best[-1] = f"{(start - at_best(made)) / (start - by_vae['fid']):.0%}"
         head = [name, f"{count:,}", f"{count * 4e-6:.2f}", rate] if run.steps else [name, "", "", ""]
         lines.append([*head, *best, *cells_of(results, keys)])
-    for name, decoded in (("training images by the VAE", True), ("training images", False)):
-        lines.append([name, *[""] * 5, *cells_of([study.bench.floor(study.base(cell), decoded)], keys)])
-    columns = ["", "trained", "MB", "learning rate", "best", "at step", *MEASURES.values(), "s a step"]
+    for name, measures in (("training images by the VAE", by_vae), ("training images", bundled)):
+        lines.append([name, *[""] * 6, *cells_of([measures], keys)])
+    columns = ["", "trained", "MB", "learning rate", "best", "at step", "of the way", *MEASURES.values(), "s a step"]
     return table(columns, lines)
 
 
