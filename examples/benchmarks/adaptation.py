@@ -142,7 +142,8 @@ class Bench:
             decoded: as the base's VAE encodes and decodes them.
         """
         data = self._images(run.domain, "train", run.resolution)
-        rows = torch.arange(len(data))[:: max(1, len(data) // run.num_images)][: run.num_images]
+        count = min(run.num_images, len(data))
+        rows = data.labels.sort(stable=True).indices[torch.arange(count) * len(data) // count]  # of all classes
         images = pixels(data, rows.tolist(), run.resolution)
         images = by_vae(base().vae, images) if decoded else images
         return self.judge(run.domain, run.resolution)(images, data.labels[rows])
