@@ -16,6 +16,7 @@ from adaptation import Bench, Run
 from difffit_peft.training.scripts import user_path
 from diffusers import DiTTransformer2DModel
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from report import ROOT, output_dir, parser, spread, table
 from torch import nn
 
@@ -287,6 +288,8 @@ def plot(study: Study, rows: dict[Cell, Rows]) -> Figure:
         by_second.set(xlabel="seconds of training", ylabel="Fréchet distance", xscale="log")
         by_size.set(xlabel="MB of the adapter", ylabel="best Fréchet distance", xscale="log")
         by_step.legend(fontsize=7)
+        for axis in (by_step, by_second, by_size):
+            axis.xaxis.set_minor_formatter(NullFormatter())  # where a decade is wide, their labels overlap
     return figure
 
 
